@@ -1,0 +1,193 @@
+r"""Checkpoints: safetensors for numbers, JSON for the rest, never pickle.
+
+A checkpoint is a folder. `model.json` says what the model is; `network.safetensors` holds its weights; a training
+checkpoint adds `training.safetensors` and `training.json`. Files are written beside and then renamed, so that an
+interrupted write leaves the old checkpoint whole. Nothing in a checkpoint is code: a network is rebuilt only if it is
+one of this library's, and any other is passed in by the caller.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sdediff import networks, processes
+from sdediff.errors import CheckpointError, OptionError
+from sdediff.model import ScoreModel
+from sdediff.sde import SDE, LinearSDE
+
+_FORMAT = "sdediff checkpoint 1"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=1))
+    os.replace(beside, path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whole or not at all."""
+    beside = path.with_name(path.name + ".part")
+    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, beside)
+    os.replace(beside, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    if not path.exists():
+        raise CheckpointError(f"There is no {path.name} in {path.parent}: it is not a checkpoint, or an incomplete one.")
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: it is not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object.")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of a checkpoint.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    if not path.exists():
+        raise CheckpointError(f"There is no {path.name} in {path.parent}: it is not a checkpoint, or an incomplete one.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: it is not a safetensors file ({error}).") from error
+
+
+def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Put weights into a network.
+
+    Raises:
+        CheckpointError: they belong to another network.
+    """
+    try:
+        network.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} belongs to another network: {error}") from error
+
+
+def _describe_sde(sde: SDE) -> dict[str, Any] | None:
+    kind = type(sde).__name__
+    if getattr(processes, kind, None) is not type(sde):
+        return None
+    arguments = {f.name: getattr(sde, f.name) for f in fields(sde) if f.init}  # type: ignore[arg-type]
+    return {
+        "kind": kind,
+        "arguments": {name: v.tolist() if isinstance(v, Tensor) else v for name, v in arguments.items()},
+    }
+
+
+def _describe_network(network: nn.Module) -> dict[str, Any] | None:
+    kind = type(network).__name__
+    config = getattr(network, "config", None)
+    if getattr(networks, kind, None) is not type(network) or not isinstance(config, dict):
+        return None
+    return {"kind": kind, "config": config}
+
+
+def _rebuild(module: Any, what: str, described: Any, path: Path, base: type) -> Any:
+    kind = described.get("kind") if isinstance(described, dict) else None
+    build = getattr(module, kind, None) if isinstance(kind, str) else None
+    if not (isinstance(build, type) and issubclass(build, base)):
+        raise CheckpointError(f"{path} names the {what} {kind!r}, which this version of sdediff does not have.")
+    arguments = described.get("arguments", described.get("config", {}))
+    try:
+        return build(**arguments)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: the {what} {kind} cannot be built ({error}).") from error
+
+
+def save(model: ScoreModel, path: str | Path) -> None:
+    """Save a model whose network is an `nn.Module` to a folder.
+
+    Raises:
+        OptionError: the network has no weights to save.
+    """
+    folder = Path(path)
+    if not isinstance(model.network, nn.Module):
+        raise OptionError(
+            f"Only a model whose network is a torch.nn.Module can be saved; got {type(model.network).__name__}."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "network.safetensors", model.network.state_dict())
+    write_json(
+        folder / "model.json",
+        {
+            "format": _FORMAT,
+            "prediction": model.prediction,
+            "sigma_data": model.sigma_data,
+            "own_time": model.time is not None,
+            "sde": _describe_sde(model.sde),
+            "network": _describe_network(model.network),
+        },
+    )
+
+
+def load(path: str | Path, *, network: nn.Module | None = None, sde: SDE | None = None, time: Any = None) -> ScoreModel:
+    """Load a model that `save` or `fit` wrote.
+
+    Args:
+        path: the folder.
+        network: needed when the network is not one of `sdediff.networks`; the weights are put into it.
+        sde: needed when the SDE is not one of the named processes.
+        time: needed when the model had a time function of its own.
+
+    Raises:
+        CheckpointError: missing, damaged, foreign, or in need of an argument that was not given.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no checkpoint folder {folder}.")
+    file = folder / "model.json"
+    content = read_json(file)
+    if content.get("format") != _FORMAT:
+        raise CheckpointError(f"{file} is not an sdediff checkpoint (its format is {content.get('format')!r}).")
+    for name, given, found in (("network", network, content.get("network")), ("sde", sde, content.get("sde"))):
+        if given is None and found is None:
+            raise CheckpointError(f"{folder} was saved with a {name} of your own: pass load(path, {name}=...).")
+    if time is None and content.get("own_time"):
+        raise CheckpointError(f"{folder} was saved with a time function of your own: pass load(path, time=...).")
+    process = sde if sde is not None else _rebuild(processes, "SDE", content["sde"], file, LinearSDE)
+    built = network if network is not None else _rebuild(networks, "network", content["network"], file, nn.Module)
+    load_weights(built, read_tensors(folder / "network.safetensors"), folder / "network.safetensors")
+    try:
+        return ScoreModel(built, process, content["prediction"], time, content["sigma_data"])
+    except (KeyError, TypeError, OptionError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of an optimizer's state, named `index.name`."""
+    return {
+        f"{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

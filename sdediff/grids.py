@@ -1,0 +1,78 @@
+r"""Time grids: decreasing float64 tensors of n + 1 times from `t_max` to `t_min`, both exact.
+
+A grid is only a tensor: any strictly decreasing row of times in the span of the SDE will do in its place. Those here
+spread the steps evenly in some function of t:
+
+| grid | even in |
+|---|---|
+| `uniform` | t |
+| `quadratic` | sqrt(t) (Song, Meng and Ermon 2021, DDIM) |
+| `log_snr` | log(alpha^2 / sigma^2) (Lu et al. 2022, DPM-Solver) |
+| `karras` | (sigma / alpha)^(1 / rho) (Karras et al. 2022, EDM) |
+| `natural` | the process's own clock: log-SNR for a linear SDE, t for any other; what `sample` uses |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sdediff.errors import OptionError, TimeError
+from sdediff.sde import SDE, LinearSDE
+from sdediff.shapes import Grid
+
+_END = 1e-3
+
+
+def _even(
+    sde: SDE, n: int, t_min: float | None, to: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+) -> Grid:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise OptionError(f"A grid needs a whole number of steps >= 1; got {n!r}.")
+    end = sde.t_min if t_min is None else float(t_min)
+    if not 0 <= end < sde.t_max:
+        raise TimeError(f"t_min = {end:g} must lie in [0, {sde.t_max:g}), below the t_max of {sde}.")
+    ends = torch.tensor([sde.t_max, end], dtype=torch.float64)
+    mapped = to(ends)
+    # An infinite end (alpha = 0, or sigma = 0) is stepped to from just inside.
+    inner = ends + torch.tensor([-_END, _END], dtype=torch.float64) * (sde.t_max - end)
+    mapped = torch.where(mapped.isfinite(), mapped, to(inner))
+    ramp = torch.linspace(0, 1, n + 1, dtype=torch.float64)
+    times = back(mapped[0] + ramp * (mapped[1] - mapped[0])) if n > 1 else ends.clone()
+    times[0], times[-1] = ends
+    return times
+
+
+def uniform(sde: SDE, n: int, *, t_min: float | None = None) -> Grid:
+    """`n` equal steps in t, `(n + 1,)`."""
+    return _even(sde, n, t_min, lambda t: t, lambda u: u)
+
+
+def quadratic(sde: SDE, n: int, *, t_min: float | None = None) -> Grid:
+    """`n` equal steps in sqrt(t), `(n + 1,)`."""
+    return _even(sde, n, t_min, torch.sqrt, torch.square)
+
+
+def log_snr(sde: LinearSDE, n: int, *, t_min: float | None = None) -> Grid:
+    """`n` equal steps in the log signal-to-noise ratio, `(n + 1,)`."""
+    return _even(sde, n, t_min, sde.log_snr, sde.time)
+
+
+def karras(sde: LinearSDE, n: int, rho: float = 7.0, *, t_min: float | None = None) -> Grid:
+    """`n` equal steps in `(sigma / alpha)^(1 / rho)`, `(n + 1,)`; rho = 7 is EDM's."""
+    if not rho > 0:
+        raise OptionError(f"karras needs rho > 0; got {rho}.")
+    return _even(
+        sde,
+        n,
+        t_min,
+        lambda t: (-sde.log_snr(t) / (2 * rho)).exp(),
+        lambda u: sde.time(-2 * rho * u.log()),
+    )
+
+
+def natural(sde: SDE, n: int, *, t_min: float | None = None) -> Grid:
+    """`n` equal steps in the process's own clock, `(n + 1,)`."""
+    return _even(sde, n, t_min, sde.clock, sde.unclock)

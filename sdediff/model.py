@@ -1,0 +1,212 @@
+r"""One model, many names: score, noise, data, velocity.
+
+With `x = alpha x_0 + sigma eps`, every quantity that a network may predict, and every quantity that a solver may want,
+is a fixed combination of the denoised data and the noise in x:
+
+    value = m E[x_0 | x] + n E[eps | x],
+
+| kind | m | n |
+|---|---|---|
+| data | 1 | 0 |
+| noise | 0 | 1 |
+| score | 0 | -1 / sigma |
+| v | -sigma | alpha |
+| flow | alpha' | sigma' |
+| edm | sigma / (sigma_d k) | -alpha sigma_d / k, k = sqrt(sigma^2 + alpha^2 sigma_d^2) |
+
+A network that predicts F with `(p, q)` therefore gives any other combination `(m, n)` as
+
+    c_x x + c_F F,    c_x = (m q - n p) / D,    c_F = (alpha n - sigma m) / D,    D = alpha q - sigma p,
+
+which is all the conversion there is: solvers ask for the combination they need and no intermediate is formed.
+
+References: Ho et al. 2020 (arXiv:2006.11239), noise; Salimans and Ho 2022 (arXiv:2202.00512), v; Karras et al. 2022
+(arXiv:2206.00364), edm; Lipman et al. 2023 (arXiv:2210.02747), flow; Tweedie's formula, Efron 2011.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdediff.errors import CapabilityError, OptionError, SDEError, ShapeError
+from sdediff.sde import SDE, LinearSDE, as_linear
+from sdediff.shapes import State, Time, as_time, check_state, over, per_row
+
+Combination = tuple[Tensor, Tensor]
+"""`(m, n)` of `m E[x_0 | x] + n E[eps | x]`, float64, `()` or `(batch,)` or a grid."""
+
+
+def _data(sde: LinearSDE, t: Tensor, sigma_data: float) -> Combination:
+    return torch.ones_like(t), torch.zeros_like(t)
+
+
+def _noise(sde: LinearSDE, t: Tensor, sigma_data: float) -> Combination:
+    return torch.zeros_like(t), torch.ones_like(t)
+
+
+def _score(sde: LinearSDE, t: Tensor, sigma_data: float) -> Combination:
+    return torch.zeros_like(t), -1 / sde.sigma(t)
+
+
+def _v(sde: LinearSDE, t: Tensor, sigma_data: float) -> Combination:
+    return -sde.sigma(t), sde.alpha(t)
+
+
+def _flow(sde: LinearSDE, t: Tensor, sigma_data: float) -> Combination:
+    return sde.scale_rates(t)
+
+
+def _edm(sde: LinearSDE, t: Tensor, sigma_data: float) -> Combination:
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    k = (sigma**2 + (alpha * sigma_data) ** 2).sqrt()
+    return sigma / (sigma_data * k), -alpha * sigma_data / k
+
+
+PREDICTIONS: dict[str, Callable[[LinearSDE, Tensor, float], Combination]] = {
+    "noise": _noise,
+    "data": _data,
+    "score": _score,
+    "v": _v,
+    "flow": _flow,
+    "edm": _edm,
+}
+"""What a network may predict, and its combination of data and noise."""
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreModel:
+    """A network together with the SDE it was (or will be) trained for and the name of what it predicts.
+
+    Args:
+        network: any callable `network(x, t)`, or `network(x, t, condition)` when a condition is given; x is
+            `(batch, *event)`, t is `(batch,)`, and the result has the shape of x.
+        sde: the forward process. A general `SDE` that is linear is turned into a `LinearSDE`; one that is not works
+            with `prediction="score"` only.
+        prediction: "noise", "data", "score", "v", "flow" or "edm". An "edm" network is called with
+            `x / sqrt(sigma^2 + alpha^2 sigma_data^2)` and, unless `time` says otherwise, `log(sigma / alpha) / 4`.
+        time: what the network sees as its time, a function of t (float64, `(batch,)`): `lambda t: 999 * t` for a
+            scaled time, `DiscreteVP(...).timestep` for integer time steps. None passes t itself.
+        sigma_data: standard deviation of the data that "edm" assumes.
+        condition: a condition that every call passes on (see `given`).
+
+    Raises:
+        OptionError: unknown prediction.
+        SDEError: the SDE breaks a rule, or is not linear and the prediction is not "score".
+    """
+
+    network: Callable[..., Tensor]
+    sde: SDE
+    prediction: str = "noise"
+    time: Callable[[Tensor], Tensor] | None = None
+    sigma_data: float = 0.5
+    condition: Any = field(default=None, repr=False)
+    _linear: LinearSDE | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise OptionError(f"Unknown prediction {self.prediction!r}: write one of {', '.join(map(repr, PREDICTIONS))}.")
+        if not callable(self.network):
+            raise OptionError(f"The network must be callable as network(x, t); got {type(self.network).__name__}.")
+        if not self.sigma_data > 0:
+            raise OptionError(f"sigma_data must be positive; got {self.sigma_data}.")
+        try:
+            linear = as_linear(self.sde)
+        except SDEError as error:
+            if self.prediction != "score":
+                raise SDEError(f"{error} (prediction={self.prediction!r} needs alpha and sigma.)") from error
+            object.__setattr__(self, "_linear", None)
+        else:
+            object.__setattr__(self, "_linear", linear)
+            object.__setattr__(self, "sde", linear)
+
+    @property
+    def linear(self) -> LinearSDE:
+        """The forward process, when it is linear.
+
+        Raises:
+            CapabilityError: it is not, so there are no alpha and sigma.
+        """
+        if self._linear is None:
+            raise CapabilityError(
+                f"{self.sde} is not linear, so its model has a score and a velocity only: no alpha and sigma, and "
+                "none of what needs them (noise, denoised, DDPM, DDIM, Langevin steps, the final denoising step)."
+            )
+        return self._linear
+
+    def given(self, condition: Any) -> ScoreModel:
+        """This model with its condition fixed."""
+        return replace(self, condition=condition)
+
+    # The four views.
+
+    def score(self, t: Time, x: State, *, condition: Any = None) -> State:
+        """`grad log p_t(x)`, `(batch, *event)`."""
+        if self.prediction == "score":
+            return self.predict(t, x, condition=condition)
+        return self.view("score", t, x, condition=condition)
+
+    def noise(self, t: Time, x: State, *, condition: Any = None) -> State:
+        """`E[eps | x_t = x] = -sigma score`, `(batch, *event)`."""
+        return self.view("noise", t, x, condition=condition)
+
+    def denoised(self, t: Time, x: State, *, condition: Any = None) -> State:
+        """`E[x_0 | x_t = x] = (x + sigma^2 score) / alpha` (Tweedie), `(batch, *event)`."""
+        return self.view("data", t, x, condition=condition)
+
+    def velocity(self, t: Time, x: State, *, condition: Any = None) -> State:
+        """The probability-flow velocity `dx/dt = alpha' E[x_0 | x] + sigma' E[eps | x] = f - g^2 score / 2`."""
+        model = self if condition is None else self.given(condition)
+        return self.sde.reverse_drift(as_time(t), x, model, 0.0)
+
+    # What they are made of.
+
+    def view(self, kind: str, t: Time, x: State, *, condition: Any = None) -> State:
+        """Any of the kinds of `PREDICTIONS`, from whatever the network predicts."""
+        if kind not in PREDICTIONS:
+            raise OptionError(f"Unknown view {kind!r}: write one of {', '.join(map(repr, PREDICTIONS))}.")
+        clock = as_time(t)
+        m, n = PREDICTIONS[kind](self.linear, clock, self.sigma_data)
+        return self.combine(clock, x, m, n, condition=condition)
+
+    def combine(self, t: Time, x: State, m: Tensor, n: Tensor, *, condition: Any = None) -> State:
+        """`m E[x_0 | x] + n E[eps | x]` from one network call; m and n are `()` or `(batch,)`."""
+        from_x, from_output = self.weights(as_time(t), m, n)
+        return over(from_x, x) * x + over(from_output, x) * self.predict(t, x, condition=condition)
+
+    def weights(self, t: Tensor, m: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        """`(c_x, c_F)` with `m E[x_0 | x] + n E[eps | x] = c_x x + c_F F`, float64, for times of any shape."""
+        sde = self.linear
+        p, q = PREDICTIONS[self.prediction](sde, t, self.sigma_data)
+        alpha, sigma = sde.alpha(t), sde.sigma(t)
+        determinant = alpha * q - sigma * p
+        return (m * q - n * p) / determinant, (alpha * n - sigma * m) / determinant
+
+    def predict(self, t: Time, x: State, *, condition: Any = None) -> State:
+        """The network's own output F, `(batch, *event)`.
+
+        Raises:
+            ShapeError: x is not a floating-point state, t fits neither `()` nor `(batch,)`, or the network's output
+                is not shaped as x.
+        """
+        check_state(x)
+        clock = per_row(as_time(t), x)
+        condition = self.condition if condition is None else condition
+        inputs = x
+        seen = clock
+        if self.prediction == "edm":
+            alpha, sigma = self.linear.alpha(clock), self.linear.sigma(clock)
+            inputs = x / over((sigma**2 + (alpha * self.sigma_data) ** 2).sqrt(), x)
+            seen = (sigma / alpha).log() / 4
+        if self.time is not None:
+            seen = self.time(clock)
+        seen = seen.to(x.device, x.dtype) if seen.is_floating_point() else seen.to(x.device)
+        output = self.network(inputs, seen) if condition is None else self.network(inputs, seen, condition)
+        if not isinstance(output, Tensor) or output.shape != x.shape:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ShapeError(f"The network must return a tensor shaped as x, {tuple(x.shape)}; it returned {got}.")
+        return output

@@ -1,0 +1,283 @@
+r"""The named linear SDEs of the literature. Each is its `scales(t)`; drift, diffusion and kernels are derived.
+
+| name | alpha(t) | sigma(t) |
+|---|---|---|
+| `VP` | exp(-B/2), B = beta_min t + (beta_max - beta_min) t^2 / 2 | sqrt(1 - alpha^2) |
+| `SubVP` | as VP | 1 - alpha^2 |
+| `VE` | 1 | sigma_min (sigma_max / sigma_min)^t |
+| `EDM` | 1 | t |
+| `CosineVP` | cos(pi/2 (t + s)/(1 + s)) / cos(pi/2 s/(1 + s)) | sqrt(1 - alpha^2) |
+| `SigmoidVP` | exp(-B/2), beta(t) = beta_max sigmoid(ramp (2t - 1)) | sqrt(1 - alpha^2) |
+| `DiscreteVP` | product of sqrt(1 - beta_i), interpolated | sqrt(1 - alpha^2) |
+| `RectifiedFlow` | 1 - t | t |
+
+Every one also inverts its log-SNR in closed form (`DiscreteVP` by bisection). `1 - alpha^2` is computed by `expm1` or a
+product of sines, so sigma is accurate relative to itself down to t = 0.
+
+References: VP, SubVP, VE: Song et al. 2021 (arXiv:2011.13456); EDM: Karras et al. 2022 (arXiv:2206.00364); cosine:
+Nichol and Dhariwal 2021 (arXiv:2102.09672); rectified flow: Liu et al. 2023 (arXiv:2209.03003); discrete chains:
+Ho et al. 2020 (arXiv:2006.11239).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from scipy.interpolate import PchipInterpolator
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from sdediff.errors import OptionError
+from sdediff.sde import LinearSDE
+from sdediff.shapes import as_time
+
+
+def _require(fine: bool, what: str, got: object) -> None:
+    if not fine:
+        raise OptionError(f"{what}; got {got}.")
+
+
+def _check_span(t_min: float, t_max: float, end: float = math.inf) -> None:
+    _require(0 <= t_min < t_max <= end, f"A span needs 0 <= t_min < t_max <= {end:g}", f"[{t_min:g}, {t_max:g}]")
+
+
+def _preserving(integral: Tensor) -> tuple[Tensor, Tensor]:
+    """`(alpha, sigma)` of a variance-preserving process from `B = int_0^t beta`."""
+    return (-integral / 2).exp(), (-torch.expm1(-integral)).sqrt()
+
+
+def _linear_integral(t: Tensor, beta_min: float, beta_max: float) -> Tensor:
+    return t * (beta_min + (beta_max - beta_min) / 2 * t)
+
+
+def _linear_integral_inverse(integral: Tensor, beta_min: float, beta_max: float) -> Tensor:
+    return 2 * integral / (beta_min + (beta_min**2 + 2 * (beta_max - beta_min) * integral).sqrt())
+
+
+@dataclass(frozen=True)
+class VP(LinearSDE):
+    """Variance-preserving SDE, `dx = -beta/2 x dt + sqrt(beta) dw`, `beta(t) = beta_min + t (beta_max - beta_min)`."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 1e-5
+    t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.beta_min <= self.beta_max, "VP needs 0 < beta_min <= beta_max", (self.beta_min, self.beta_max))
+        _check_span(self.t_min, self.t_max)
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return _preserving(_linear_integral(as_time(t), self.beta_min, self.beta_max))
+
+    def _time_of(self, log_snr: Tensor) -> Tensor:
+        return _linear_integral_inverse(softplus(-log_snr), self.beta_min, self.beta_max)
+
+
+@dataclass(frozen=True)
+class SubVP(LinearSDE):
+    """Sub-variance-preserving SDE: VP's drift, `g^2 = beta (1 - exp(-2 B))`, so that `sigma = 1 - alpha^2`."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 1e-3
+    t_max: float = 1.0
+
+    __post_init__ = VP.__post_init__
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        integral = _linear_integral(as_time(t), self.beta_min, self.beta_max)
+        return (-integral / 2).exp(), -torch.expm1(-integral)
+
+    def _time_of(self, log_snr: Tensor) -> Tensor:
+        # sigma / alpha = 2 sinh(B / 2) = exp(-log_snr / 2)
+        return _linear_integral_inverse(2 * torch.asinh((-log_snr / 2).exp() / 2), self.beta_min, self.beta_max)
+
+
+@dataclass(frozen=True)
+class VE(LinearSDE):
+    """Variance-exploding SDE with geometric sigma.
+
+    The published kernel `N(x_0, sigma(t)^2)` has `sigma(0) = sigma_min`: the process starts from data that is already
+    blurred by `initial_std = sigma_min`. The SDE `dx = sqrt(d sigma^2 / dt) dw` started from clean data would have
+    variance `sigma(t)^2 - sigma_min^2` instead. Here t = 0 is the blurred data, and `t_min = 0`.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.sigma_min < self.sigma_max, "VE needs 0 < sigma_min < sigma_max", (self.sigma_min, self.sigma_max)
+        )
+        _check_span(self.t_min, self.t_max)
+
+    @property
+    def initial_std(self) -> float:  # type: ignore[override]  # a read-only view of sigma_min
+        return self.sigma_min
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = as_time(t)
+        return torch.ones_like(t), self.sigma_min * (t * math.log(self.sigma_max / self.sigma_min)).exp()
+
+    def _time_of(self, log_snr: Tensor) -> Tensor:
+        return (-log_snr / 2 - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
+
+
+@dataclass(frozen=True)
+class EDM(LinearSDE):
+    """The SDE of Karras et al. 2022: `alpha = 1`, `sigma = t`, so the time is the noise level itself."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.sigma_min < self.sigma_max, "EDM needs 0 < sigma_min < sigma_max", (self.sigma_min, self.sigma_max)
+        )
+
+    @property
+    def t_min(self) -> float:  # type: ignore[override]  # a read-only view of sigma_min
+        return self.sigma_min
+
+    @property
+    def t_max(self) -> float:  # type: ignore[override]  # a read-only view of sigma_max
+        return self.sigma_max
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = as_time(t)
+        return torch.ones_like(t), t
+
+    def _time_of(self, log_snr: Tensor) -> Tensor:
+        return (-log_snr / 2).exp()
+
+
+@dataclass(frozen=True)
+class CosineVP(LinearSDE):
+    """Variance-preserving process with the cosine schedule; alpha reaches 0 at t = 1, just beyond `t_max`."""
+
+    offset: float = 0.008
+    t_min: float = 1e-4
+    t_max: float = 0.999
+
+    def __post_init__(self) -> None:
+        _require(self.offset > 0, "CosineVP needs offset > 0", self.offset)
+        _check_span(self.t_min, self.t_max, 1.0)
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        quarter = math.pi / 2 / (1 + self.offset)
+        start, turned = quarter * self.offset, quarter * as_time(t)
+        # cos^2(start) - cos^2(start + turned) = sin(turned) sin(2 start + turned)
+        alpha = (turned + start).cos() / math.cos(start)
+        return alpha, (turned.sin() * (turned + 2 * start).sin()).sqrt() / math.cos(start)
+
+    def _time_of(self, log_snr: Tensor) -> Tensor:
+        quarter = math.pi / 2 / (1 + self.offset)
+        start = quarter * self.offset
+        # cos(angle) = alpha cos(start); the half-angle form stays accurate near t = 0
+        alpha_cos = (-softplus(-log_snr) / 2).exp() * math.cos(start)
+        sine = (torch.sigmoid(-log_snr) * math.cos(start) ** 2 + math.sin(start) ** 2).sqrt()
+        return torch.atan2(sine * math.cos(start) - alpha_cos * math.sin(start),
+                           alpha_cos * math.cos(start) + sine * math.sin(start)) / quarter  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SigmoidVP(LinearSDE):
+    """Variance-preserving process with `beta(t) = beta_max sigmoid(ramp (2 t - 1))`."""
+
+    beta_max: float = 20.0
+    ramp: float = 6.0
+    t_min: float = 1e-5
+    t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.beta_max > 0 and self.ramp > 0, "SigmoidVP needs beta_max, ramp > 0", (self.beta_max, self.ramp))
+        _check_span(self.t_min, self.t_max)
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        grown = torch.expm1(2 * self.ramp * as_time(t)) / (1 + math.exp(self.ramp))
+        return _preserving(self.beta_max / (2 * self.ramp) * grown.log1p())
+
+    def _time_of(self, log_snr: Tensor) -> Tensor:
+        grown = torch.expm1(softplus(-log_snr) * 2 * self.ramp / self.beta_max)
+        return (grown * (1 + math.exp(self.ramp))).log1p() / (2 * self.ramp)
+
+
+@dataclass(frozen=True)
+class RectifiedFlow(LinearSDE):
+    """Straight-line interpolation `alpha = 1 - t`, `sigma = t`.
+
+    Its SDE is singular at t = 1, where alpha is 0 and `g^2 = 2 t / (1 - t)`; `t_max` stays just below so that every
+    solver can start there. `RectifiedFlow(t_max=1.0)` starts from pure noise and suits ODE solvers and tables.
+    """
+
+    t_min: float = 1e-4
+    t_max: float = 0.999
+
+    def __post_init__(self) -> None:
+        _check_span(self.t_min, self.t_max, 1.0)
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = as_time(t)
+        return 1 - t, t
+
+    def _time_of(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr / 2)
+
+
+@dataclass(frozen=True, eq=False)
+class DiscreteVP(LinearSDE):
+    r"""A chain `x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z`, i = 1..N, made continuous with `t = i / N`.
+
+    At the grid points `alpha(i / N)^2 = prod_{j <= i} (1 - beta_j)` exactly; between them `-log alpha^2` is a monotone
+    cubic (Fritsch and Carlson, 1980). The data is t = 0 and the first noisy state is `t_min = 1 / N`.
+
+    Args:
+        betas: N numbers in (0, 1).
+    """
+
+    betas: Tensor
+    t_max: float = field(default=1.0, init=False)
+
+    def __post_init__(self) -> None:
+        betas = torch.as_tensor(self.betas, dtype=torch.float64).detach().cpu()
+        fine = betas.ndim == 1 and len(betas) > 1 and bool(((betas > 0) & (betas < 1)).all())
+        _require(fine, "DiscreteVP needs a row of at least two betas in (0, 1)", self.betas)
+        object.__setattr__(self, "betas", betas)
+
+    @property
+    def t_min(self) -> float:  # type: ignore[override]  # a read-only view of the number of steps
+        return 1 / len(self.betas)
+
+    @property
+    def times(self) -> Tensor:
+        """The grid of the chain, `N/N, ..., 1/N`, decreasing `(N,)`: what `sample(times=...)` takes."""
+        n = len(self.betas)
+        return torch.arange(n, 0, -1, dtype=torch.float64) / n
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """The integer time step `round(N t) - 1` in 0..N-1 of a network trained on the chain (DDPM's indices)."""
+        return (as_time(t) * len(self.betas)).round().long().sub(1).clamp(min=0)
+
+    @cached_property
+    def _integral(self) -> tuple[Tensor, Tensor]:
+        steps = -np.log1p(-self.betas.numpy())
+        knots = np.arange(len(steps) + 1) / len(steps)
+        return torch.from_numpy(knots), torch.from_numpy(PchipInterpolator(knots, np.append(0, steps.cumsum())).c)
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = as_time(t)
+        knots, cubic = (table.to(t.device) for table in self._integral)
+        piece = (torch.searchsorted(knots, t.detach().contiguous(), right=True) - 1).clamp(0, cubic.shape[1] - 1)
+        offset = t - knots[piece]
+        c3, c2, c1, c0 = cubic[:, piece]
+        return _preserving(((c3 * offset + c2) * offset + c1) * offset + c0)
+
+    def __repr__(self) -> str:
+        return f"DiscreteVP({len(self.betas)} betas from {self.betas[0]:g} to {self.betas[-1]:g})"

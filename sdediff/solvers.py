@@ -1,0 +1,105 @@
+r"""What a solver is, and the one loop.
+
+A solver is a frozen recipe. `start(process, x, times, noise)` prepares whatever depends on the process and the grid
+only (coefficient tables, a backend's own objects) and returns the step: a function of the index i and the state at
+`times[i]` that gives the state at `times[i + 1]`. `solve` is the loop over it. Memory of a multistep method lives in
+the step, never in the solver, so that a solver may be reused, pickled and shared.
+
+The process is any SDE: a `Reverse` (times fall), an augmented process such as the likelihood's (times rise), or a
+forward SDE. A solver that needs more than drift and diffusion says so in a sentence.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from sdediff.errors import CapabilityError
+from sdediff.model import ScoreModel
+from sdediff.noise import NoiseStream
+from sdediff.reverse import Reverse
+from sdediff.sde import SDE
+from sdediff.shapes import Grid, State, over
+
+Step = Callable[[int, State], State]
+"""`(i, state at times[i]) -> state at times[i + 1]`."""
+
+
+@dataclass
+class Tally:
+    """What an adaptive solver did; None for a solver that takes the grid's steps."""
+
+    accepted: int | None = None
+    rejected: int | None = None
+
+
+class Solver(ABC):
+    """A numerical method for `Reverse` processes (and, where it can, for any SDE).
+
+    Attributes:
+        noise_level: the lambda of the process it solves when it is given a model.
+        default_steps: number of steps that `sample` takes when told nothing.
+        order: the rate at which the error of deterministic solutions falls with the step, or of moments, if noisy.
+    """
+
+    noise_level: float
+    default_steps: ClassVar[int] = 100
+    order: ClassVar[int] = 1
+
+    def process(self, model: ScoreModel) -> Reverse:
+        """The process that this solver solves for a model."""
+        return Reverse(model, self.noise_level)
+
+    @abstractmethod
+    def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
+        """Prepare for the grid `times` and states like `x`; return the step."""
+
+    def solve(
+        self, process: SDE, x: State, times: Grid, noise: NoiseStream, tally: Tally | None = None
+    ) -> Iterator[State]:
+        """The states at `times[1:]`, one after the other, from the state `x` at `times[0]`.
+
+        An adaptive solver adds its accepted and rejected steps to the tally.
+        """
+        step = self.start(process, x, times, noise)
+        for i in range(len(times) - 1):
+            x = step(i, x)
+            yield x
+
+
+def model_of(process: SDE, solver: Solver) -> ScoreModel:
+    """The model behind a process.
+
+    Raises:
+        CapabilityError: the process is not the reverse of a model's SDE.
+    """
+    if not isinstance(process, Reverse):
+        raise CapabilityError(
+            f"{type(solver).__name__} works from a model's prediction and solves Reverse(model, ...) only; got "
+            f"{type(process).__name__}. For other processes use EulerMaruyama, Heun, TorchDiffEq or TorchSDE."
+        )
+    return process.model
+
+
+def refuse_noise(process: SDE, solver: Solver) -> None:
+    """Refuse a noisy process.
+
+    Raises:
+        CapabilityError: the process has noise.
+    """
+    if process.noisy:
+        raise CapabilityError(
+            f"{type(solver).__name__} solves ordinary differential equations and would drop the noise of this process: "
+            "use Reverse(model, noise_level=0), or a stochastic solver such as EulerMaruyama or TorchSDE."
+        )
+
+
+def euler_step(process: SDE, x: State, t: Tensor, s: Tensor, noise: NoiseStream) -> State:
+    """`x + f(t, x) (s - t) + g(t, x) (W(s) - W(t))`."""
+    drift, diffusion = process.coefficients(t, x)
+    x = x + over(s - t, x) * drift
+    return x + over(diffusion, x) * noise.increment(x, t, s) if process.noisy else x
