@@ -57,7 +57,7 @@ def fit(
     *,
     steps: int = 2000,
     batch_size: int = 128,
-    lr: float = 1e-3,
+    lr: float = 2e-3,
     weighting: str = "simple",
     condition: Tensor | None = None,
     ema: float = 0.999,
