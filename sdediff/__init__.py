@@ -18,8 +18,8 @@ from sdediff.errors import CheckpointError as CheckpointError
 from sdediff.errors import DivergenceError as DivergenceError
 from sdediff.errors import MissingExtraError as MissingExtraError
 from sdediff.errors import OptionError as OptionError
-from sdediff.errors import SDEError as SDEError
 from sdediff.errors import SdediffError as SdediffError
+from sdediff.errors import SDEError as SDEError
 from sdediff.errors import ShapeError as ShapeError
 from sdediff.errors import TimeError as TimeError
 from sdediff.langevin import Langevin as Langevin

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +46,6 @@ class _Field:
         drift = self.process.drift(t.clamp(self.first, self.last), x)
         finite_or_raise(drift, "The drift", step=None, time=t.item())
         return drift
-
 
 
 class _CountingField(_Field):
@@ -84,7 +83,7 @@ class TorchDiffEq(Solver):
     rtol: float = 1e-5
     atol: float = 1e-5
     options: dict[str, Any] = field(default_factory=dict)
-    noise_level: ClassVar[float] = 0.0
+    noise_level: float = field(default=0.0, init=False, repr=False)
 
     def __init__(self, method: str = "dopri5", rtol: float = 1e-5, atol: float = 1e-5, **options: Any) -> None:
         if method not in _ADAPTIVE + _FIXED:

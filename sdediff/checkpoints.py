@@ -49,7 +49,9 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing or damaged.
     """
     if not path.exists():
-        raise CheckpointError(f"There is no {path.name} in {path.parent}: it is not a checkpoint, or an incomplete one.")
+        raise CheckpointError(
+            f"There is no {path.name} in {path.parent}: it is not a checkpoint, or an incomplete one."
+        )
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -66,7 +68,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: missing or damaged.
     """
     if not path.exists():
-        raise CheckpointError(f"There is no {path.name} in {path.parent}: it is not a checkpoint, or an incomplete one.")
+        raise CheckpointError(
+            f"There is no {path.name} in {path.parent}: it is not a checkpoint, or an incomplete one."
+        )
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -105,7 +105,9 @@ class GaussianMixture:
         eye = torch.eye(self._means.shape[1], dtype=torch.float64)
         within = self._basis * (self._eigen - self._floor[:, None])[:, None, :] @ self._basis.mT
         within = within + self._floor[:, None, None] * eye
-        return torch.einsum("k,kij->ij", self._weights, within + centred[:, :, None] * centred[:, None, :]).to(self.dtype)
+        return torch.einsum("k,kij->ij", self._weights, within + centred[:, :, None] * centred[:, None, :]).to(
+            self.dtype
+        )
 
     def sample(self, n: int, seed: int | None = None) -> State:
         """`n` exact samples `(n, *event)`."""
@@ -208,7 +210,7 @@ class Gaussian(GaussianMixture):
         super().__init__(torch.ones(1), mean[None], torch.as_tensor(cov, dtype=torch.float64)[None])
 
     def flow(self, sde: SDE, x: State, t: Time, s: Time) -> State:
-        """Where the probability-flow ODE takes x from time t to time s: `alpha_s m + S_s^(1/2) S_t^(-1/2) (x - alpha_t m)`."""
+        """The probability-flow ODE from x at t to time s: `alpha_s m + S_s^(1/2) S_t^(-1/2) (x - alpha_t m)`."""
         start, end = self.marginal(sde, t), self.marginal(sde, s)
         flat = x.reshape(x.shape[0], -1) - start._means.to(x)
         ratio = (end._eigen / start._eigen).sqrt().to(x)

@@ -1,8 +1,8 @@
 r"""Langevin corrections between the steps of any solver.
 
-At a fixed time, `x <- x + h score(t, x) + sqrt(2 h) z` pulls a state that has drifted from `p_t` back to it. Song et al.
-choose `h = 2 (snr |z| / |score|)^2` with norms averaged over the batch. The norm of the score is that of `z / sigma` for
-a typical state, so the step here is
+At a fixed time, `x <- x + h score(t, x) + sqrt(2 h) z` pulls a state that has drifted from `p_t` back to it. Song et
+al. choose `h = 2 (snr |z| / |score|)^2` with norms averaged over the batch. The norm of the score is that of
+`z / sigma` for a typical state, so the step here is
 
     h = 2 (snr sigma(t))^2,
 

@@ -146,7 +146,7 @@ class _WithLogDensity(SDE):
         with torch.enable_grad():
             x = y[:, :size].reshape(-1, *self.event).detach().requires_grad_()
             velocity = self.model.velocity(t, x)
-            products = [vector_jacobian(velocity, x, part) for part in self.vectors.split(_PRODUCTS_AT_A_TIME)]
+            products = [vector_jacobian(velocity, x, part) for part in torch.split(self.vectors, _PRODUCTS_AT_A_TIME)]
         trace = self.divergence.trace(torch.cat(products), self.vectors)
         return torch.cat([velocity.detach().flatten(1), trace], dim=1)
 
@@ -234,8 +234,7 @@ def log_prob(
         part = x[rows]
         process = _WithLogDensity(bound, divergence, divergence.probes(part, seed, rows.start), event)
         state = torch.cat([part.flatten(1), part.new_zeros(len(part), divergence.columns(part))], dim=1)
-        for state in solver.solve(process, state, grid, RowNoise(0).open(), tally):
-            pass
+        *_, state = solver.solve(process, state, grid, RowNoise(0).open(), tally)
         latent, integrals = state[:, :size].reshape(part.shape), state[:, size:]
         values.append(terminal.log_prob(latent.cpu()).to(latent) + integrals.mean(1))
         errors.append(_standard_error(integrals, divergence))

@@ -19,12 +19,13 @@ from sdediff.errors import ShapeError
 def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.shape[1:] != b.shape[1:] or len(a) < 2 or len(b) < 2:
         raise ShapeError(
-            f"Two sets of at least two samples of one event shape are needed; got {tuple(a.shape)} and {tuple(b.shape)}."
+            "Two sets of at least two samples of one event shape are needed; "
+            f"got {tuple(a.shape)} and {tuple(b.shape)}."
         )
     return a.flatten(1).double(), b.flatten(1).double()
 
 
-def energy_distance(a: Float[Tensor, "m *event"], b: Float[Tensor, "n *event"]) -> float:
+def energy_distance(a: Float[Tensor, " m *event"], b: Float[Tensor, " n *event"]) -> float:
     """Energy distance between the distributions of two sample sets (unbiased)."""
     a, b = _pair(a, b)
     within = sum(torch.cdist(c, c).sum().item() / (len(c) * (len(c) - 1)) for c in (a, b))
@@ -32,7 +33,7 @@ def energy_distance(a: Float[Tensor, "m *event"], b: Float[Tensor, "n *event"]) 
 
 
 def sliced_wasserstein(
-    a: Float[Tensor, "m *event"], b: Float[Tensor, "n *event"], *, directions: int = 256, seed: int = 0
+    a: Float[Tensor, " m *event"], b: Float[Tensor, " n *event"], *, directions: int = 256, seed: int = 0
 ) -> float:
     """Sliced 2-Wasserstein distance between two sample sets (set sizes may differ)."""
     a, b = _pair(a, b)

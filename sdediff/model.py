@@ -109,7 +109,9 @@ class ScoreModel:
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
-            raise OptionError(f"Unknown prediction {self.prediction!r}: write one of {', '.join(map(repr, PREDICTIONS))}.")
+            raise OptionError(
+                f"Unknown prediction {self.prediction!r}: write one of {', '.join(map(repr, PREDICTIONS))}."
+            )
         if not callable(self.network):
             raise OptionError(f"The network must be callable as network(x, t); got {type(self.network).__name__}.")
         if not self.sigma_data > 0:

@@ -45,6 +45,10 @@ def _check_span(t_min: float, t_max: float, end: float = math.inf) -> None:
     _require(0 <= t_min < t_max <= end, f"A span needs 0 <= t_min < t_max <= {end:g}", f"[{t_min:g}, {t_max:g}]")
 
 
+def _check_betas(beta_min: float, beta_max: float) -> None:
+    _require(0 < beta_min <= beta_max, "A linear beta needs 0 < beta_min <= beta_max", (beta_min, beta_max))
+
+
 def _preserving(integral: Tensor) -> tuple[Tensor, Tensor]:
     """`(alpha, sigma)` of a variance-preserving process from `B = int_0^t beta`."""
     return (-integral / 2).exp(), (-torch.expm1(-integral)).sqrt()
@@ -68,7 +72,7 @@ class VP(LinearSDE):
     t_max: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(0 < self.beta_min <= self.beta_max, "VP needs 0 < beta_min <= beta_max", (self.beta_min, self.beta_max))
+        _check_betas(self.beta_min, self.beta_max)
         _check_span(self.t_min, self.t_max)
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +91,9 @@ class SubVP(LinearSDE):
     t_min: float = 1e-3
     t_max: float = 1.0
 
-    __post_init__ = VP.__post_init__
+    def __post_init__(self) -> None:
+        _check_betas(self.beta_min, self.beta_max)
+        _check_span(self.t_min, self.t_max)
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         integral = _linear_integral(as_time(t), self.beta_min, self.beta_max)

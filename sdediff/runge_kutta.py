@@ -17,7 +17,7 @@ References: Kloeden and Platen 1992; Karras et al. 2022 (arXiv:2206.00364), algo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from sdediff.errors import OptionError
@@ -46,7 +46,7 @@ class Heun(Solver):
     """
 
     churn: float = 0.0
-    noise_level: ClassVar[float] = 0.0
+    noise_level: float = field(default=0.0, init=False)
     default_steps: ClassVar[int] = 50
     order: ClassVar[int] = 2
 

@@ -123,7 +123,8 @@ def rows_of(condition: Any, rows: slice, batch: int) -> Any:
 
 def _solve(run: _Run, x: State, stream: NoiseStream, tally: Tally) -> tuple[State, Trajectory | None]:
     path = [x]
-    for x in run.solver.solve(run.process, x, run.times, stream, tally):
+    for state in run.solver.solve(run.process, x, run.times, stream, tally):
+        x = state
         if run.keep:
             path.append(x)
         if run.bar is not None:
@@ -198,15 +199,16 @@ def sample(
         if tuple(x_init.shape) != shape:
             raise ShapeError(f"x_init has shape {tuple(x_init.shape)}, but shape = {shape} was asked for.")
     like = _like(model, x_init, shape, dtype, device)
-    scale = None if x_init is not None else _prior_scale(model, shape, like)
+    prior = None if x_init is not None else model.sde.prior(shape[1:], dtype=like.dtype)
     if seed is not None and noise is not None:
         raise OptionError("Give either seed=... or noise=..., not both.")
     noise = RowNoise(fresh_seed() if seed is None else seed) if noise is None else noise
 
     def begin(rows: slice, stream: NoiseStream) -> State:
-        if x_init is not None:
+        if prior is None:
+            assert x_init is not None
             return x_init[rows].to(like)
-        loc, std = scale
+        loc, std = prior.mean.to(like), prior.stddev.to(like)
         return loc + std * stream.normal(like[:1].expand(rows.stop - rows.start, *shape[1:]))
 
     def end(bound: ScoreModel, x: State) -> State:
@@ -272,11 +274,6 @@ def _like(
     like = torch.empty(1, *shape[1:], dtype=dtype or source.dtype, device=device or source.device)
     check_state(like, "the sample")
     return like
-
-
-def _prior_scale(model: ScoreModel, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-    prior = model.sde.prior(shape[1:], dtype=like.dtype)
-    return prior.mean.to(like), prior.stddev.to(like)
 
 
 @torch.no_grad()

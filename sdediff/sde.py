@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -138,7 +139,7 @@ class SDE(ABC):
         self.check_span(times, "times")
         stream = RowNoise(fresh_seed() if seed is None else seed).open()
         path = [x0]
-        for s, t in zip(times[:-1], times[1:], strict=True):
+        for s, t in pairwise(times):
             path.append(self.advance(s, t, path[-1], stream.unit(x0, s, t)))
         return torch.stack(path)
 
@@ -164,7 +165,8 @@ def check_grid(times: Tensor, *, direction: int) -> None:
     if bool(wrong.any()):
         i = int(wrong.nonzero()[0])
         raise TimeError(
-            f"times must be strictly {word}; times[{i}] = {times[i]:g} is followed by times[{i + 1}] = {times[i + 1]:g}."
+            f"times must be strictly {word}; "
+            f"times[{i}] = {times[i]:g} is followed by times[{i + 1}] = {times[i + 1]:g}."
         )
 
 
@@ -178,8 +180,8 @@ class LinearSDE(SDE):
         super().__init_subclass__(**kwargs)
         if cls.scales is LinearSDE.scales and cls.rates is LinearSDE.rates:
             raise SDEError(
-                f"{cls.__name__} overrides neither scales(t) -> (alpha, sigma) nor rates(t) -> (drift_rate, diffusion); "
-                "a LinearSDE needs one of the two."
+                f"{cls.__name__} overrides neither scales(t) -> (alpha, sigma) nor "
+                "rates(t) -> (drift_rate, diffusion): write one of the two."
             )
 
     # The two descriptions, each derived from the other.
@@ -397,9 +399,7 @@ class LinearSDE(SDE):
                 fine[0] |= values[0] == 0
             if not bool(fine.all()):
                 i = int((~fine).nonzero()[0])
-                raise SDEError(
-                    f"{name} must be positive and finite; {self} has {name}({times[i]:g}) = {values[i]:g}."
-                )
+                raise SDEError(f"{name} must be positive and finite; {self} has {name}({times[i]:g}) = {values[i]:g}.")
         log_snr = 2 * (alpha.log() - sigma.log())
         rising = ~(log_snr.diff() < 0)
         if bool(rising.any()):

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sdediff.errors import DivergenceError, ShapeError
 
-State: TypeAlias = Float[Tensor, "batch *event"]
-Trajectory: TypeAlias = Float[Tensor, "times batch *event"]
+State: TypeAlias = Float[Tensor, " batch *event"]
+Trajectory: TypeAlias = Float[Tensor, " times batch *event"]
 PerRow: TypeAlias = Float[Tensor, " batch"]
-Codes: TypeAlias = Int[Tensor, "batch *event"]
+Codes: TypeAlias = Int[Tensor, " batch *event"]
 Grid: TypeAlias = Float[Tensor, " steps+1"]
 Time: TypeAlias = Tensor | float
 """A time: a float, a tensor `()`, or a tensor `(batch,)`."""
@@ -74,7 +74,7 @@ def per_row(t: Tensor, x: State) -> Tensor:
     )
 
 
-def sum_rows(x: Float[Tensor, "batch *event"]) -> PerRow:
+def sum_rows(x: Float[Tensor, " batch *event"]) -> PerRow:
     """Sum over everything but the batch."""
     return x.reshape(x.shape[0], -1).sum(-1)
 
@@ -84,9 +84,13 @@ def check_state(x: object, name: str = "x") -> None:
     if not isinstance(x, Tensor):
         raise ShapeError(f"{name} must be a tensor of shape (batch, *event); got {type(x).__name__}.")
     if x.ndim == 0:
-        raise ShapeError(f"{name} must have shape (batch, *event); got a tensor with no dimensions. Write {name}[None].")
+        raise ShapeError(
+            f"{name} must have shape (batch, *event); got a tensor with no dimensions. Write {name}[None]."
+        )
     if not x.is_floating_point():
-        raise ShapeError(f"{name} must have a floating-point dtype; got {x.dtype}. Write {name}.float() or {name}.double().")
+        raise ShapeError(
+            f"{name} must have a floating-point dtype; got {x.dtype}. Write {name}.float() or {name}.double()."
+        )
 
 
 def finite_or_raise(x: Tensor, what: str, *, step: int | None, time: float, first_row: int = 0) -> None:

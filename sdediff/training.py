@@ -111,7 +111,7 @@ def fit(
     if device is not None:
         network.to(device)
     home = next(network.parameters()).device
-    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
+    averaged = AveragedModel(network, multi_avg_fn=_ema(ema), use_buffers=True)
     parameters = [p for p in network.parameters() if p.requires_grad]
     adapt = torch.optim.Adam(parameters, lr=lr) if optimizer is None else optimizer(parameters)
     peaks = [group["lr"] for group in adapt.param_groups]
@@ -140,7 +140,7 @@ def fit(
             values = denoising(model, x0, weighting=weighting, condition=labels)
             loss = values.mean()
             adapt.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             if clip is not None:
                 nn.utils.clip_grad_norm_(parameters, clip)
             losses.append(loss.item())
@@ -175,9 +175,13 @@ def _rate(k: int, steps: int, warmup: int, decay: bool) -> float:
     return rise * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * k / steps, dtype=torch.float64))))
 
 
+def _ema(decay: float) -> Callable[..., None]:
+    return get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
 def _average(averaged: AveragedModel, network: nn.Module, ema: float, k: int) -> None:
     """Move the average; early on by a decay that grows, so that the random start is forgotten soon."""
-    averaged.multi_avg_fn = get_ema_multi_avg_fn(min(ema, (1 + k) / (10 + k)))
+    averaged.multi_avg_fn = _ema(min(ema, (1 + k) / (10 + k)))
     averaged.update_parameters(network)
 
 

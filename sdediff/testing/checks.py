@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -37,13 +38,13 @@ _NOISE_LEVELS = (0.0, 0.5, 1.0, 1.5)
 
 def _compare(what: str, t: float | Tensor, got: Tensor | float, expected: Tensor | float, tolerance: float) -> None:
     """Raise when two numbers, or two rows of them at the times t, differ by more than the relative tolerance."""
-    found = torch.atleast_1d(torch.as_tensor(got, dtype=torch.float64)).detach()
-    wanted = torch.atleast_1d(torch.as_tensor(expected, dtype=torch.float64)).detach()
+    found = torch.as_tensor(got, dtype=torch.float64).reshape(-1).detach()
+    wanted = torch.as_tensor(expected, dtype=torch.float64).reshape(-1).detach()
     off = (found - wanted).abs() / (wanted.abs() + 1e-12)
     off = torch.where(off.isnan(), math.inf, off)
     worst = int(off.argmax())
     if off[worst] > tolerance:
-        times = torch.atleast_1d(torch.as_tensor(t, dtype=torch.float64)).expand(off.shape)
+        times = torch.as_tensor(t, dtype=torch.float64).reshape(-1).expand(off.shape)
         raise CheckFailure(
             f"{what} at t = {times[worst]:.6g}: {found[worst]:.10g} against {wanted[worst]:.10g}, "
             f"off by {off[worst]:.2g} (relative; {tolerance:.1g} allowed)."
@@ -73,8 +74,8 @@ def starts_at_the_data(sde: SDE) -> None:
     off = abs(linear.sigma(0.0).item() - sde.initial_std)
     if off > 1e-6 * linear.sigma(sde.t_max).item():
         raise CheckFailure(
-            f"sigma(0) = {linear.sigma(0.0).item():.6g}, but initial_std = {sde.initial_std:.6g} is declared: state the "
-            "blur that the data has at t = 0 as the attribute initial_std."
+            f"sigma(0) = {linear.sigma(0.0).item():.6g}, but initial_std = {sde.initial_std:.6g} is declared: state "
+            "the blur that the data has at t = 0 as the attribute initial_std."
         )
 
 
@@ -176,8 +177,8 @@ def rows_are_independent(sde: SDE) -> None:
         for name, value in alone.items():
             if together[name].shape != x.shape:
                 raise CheckFailure(
-                    f"{name} has shape {tuple(together[name].shape)} for times of shape {tuple(times.shape)} and states "
-                    f"of shape {tuple(x.shape)}: lay functions of t over x with sdediff.over(c, x)."
+                    f"{name} has shape {tuple(together[name].shape)} for times of shape {tuple(times.shape)} and "
+                    f"states of shape {tuple(x.shape)}: lay functions of t over x with sdediff.over(c, x)."
                 )
             _compare(
                 f"{name} of row {row} depends on its batch (lay functions of t over x with sdediff.over(c, x))",
@@ -211,7 +212,7 @@ def simulated_moments(sde: SDE) -> None:
     def recursion(n: int) -> Tensor:
         times = _between(linear, first, last, n)
         mean, variance = linear.alpha(first).item() * x0, linear.sigma(first).item() ** 2
-        for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+        for t, s in pairwise(times.tolist()):
             drift_rate, diffusion = _written_rates(sde, t)
             factor = 1 + drift_rate * (s - t)
             mean, variance = factor * mean, factor**2 * variance + diffusion**2 * (s - t)
@@ -226,7 +227,7 @@ def simulated_moments(sde: SDE) -> None:
     stream = RowNoise(0).open()
     x = torch.full((rows, 1), x0, dtype=torch.float64)
     x = linear.perturb(first, x, stream.normal(x))
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x = SDE.advance(sde, t, s, x, stream.unit(x, t, s))
     for name, value, expected, error in (
         ("mean", x.mean(), coarse[0], (coarse[1] / rows).sqrt()),

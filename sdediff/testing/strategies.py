@@ -1,10 +1,10 @@
 """Hypothesis strategies: linear SDEs, time grids, Gaussian targets.
 
-    from hypothesis import given
-    from sdediff.testing import gaussian_targets, linear_sdes
+from hypothesis import given
+from sdediff.testing import gaussian_targets, linear_sdes
 
-    @given(linear_sdes(), gaussian_targets())
-    def test_my_sampler(sde, target): ...
+@given(linear_sdes(), gaussian_targets())
+def test_my_sampler(sde, target): ...
 """
 
 from __future__ import annotations
