@@ -27,9 +27,12 @@ from sdediff.sde import SDE
 from sdediff.shapes import Grid, State, finite_or_raise, over
 from sdediff.solvers import Solver, Step, Tally, refuse_noise
 
-_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-_FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
-_SDE_METHODS = ("euler", "milstein", "srk", "euler_heun", "heun", "midpoint", "reversible_heun")
+# Methods and their orders: of the solution for torchdiffeq, weak with additive noise for torchsde.
+_ADAPTIVE = {"dopri5": 5, "dopri8": 8, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}
+_FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "explicit_adams": 4, "implicit_adams": 4}
+_SDE_METHODS = {
+    "euler": 1, "milstein": 1, "srk": 2, "euler_heun": 1, "heun": 2, "midpoint": 2, "reversible_heun": 2,
+}  # fmt: skip
 
 
 class _Field:
@@ -86,9 +89,9 @@ class TorchDiffEq(Solver):
     noise_level: float = field(default=0.0, init=False, repr=False)
 
     def __init__(self, method: str = "dopri5", rtol: float = 1e-5, atol: float = 1e-5, **options: Any) -> None:
-        if method not in _ADAPTIVE + _FIXED:
+        if method not in _ADAPTIVE | _FIXED:
             raise OptionError(
-                f"Unknown method {method!r} for TorchDiffEq: write one of {', '.join(map(repr, _ADAPTIVE + _FIXED))}."
+                f"Unknown method {method!r} for TorchDiffEq: write one of {', '.join(map(repr, _ADAPTIVE | _FIXED))}."
             )
         if not (rtol > 0 and atol > 0):
             raise OptionError(f"TorchDiffEq needs rtol > 0 and atol > 0; got rtol = {rtol}, atol = {atol}.")
@@ -98,6 +101,10 @@ class TorchDiffEq(Solver):
     @property
     def default_steps(self) -> int:  # type: ignore[override]  # adaptive methods choose their own
         return 1 if self.method in _ADAPTIVE else 100
+
+    @property
+    def order(self) -> int:  # type: ignore[override]  # the method's
+        return (_ADAPTIVE | _FIXED)[self.method]
 
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
         raise CapabilityError(
@@ -215,6 +222,10 @@ class TorchSDE(Solver):
             )
         for name, value in {"method": method, "noise_level": noise_level, "options": options}.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def order(self) -> int:  # type: ignore[override]  # the method's
+        return _SDE_METHODS[self.method]
 
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
         from torchsde._core import base_sde, methods

@@ -145,7 +145,7 @@ class GaussianMixture:
         return ScoreModel(exact_v, linear, prediction="v", time=lambda t: t)
 
     def _v(self, sde: LinearSDE, t: Tensor, x: State) -> State:
-        alpha, sigma = sde.alpha(as_time(t)), sde.sigma(as_time(t))
+        alpha, sigma = sde.scales_at(as_time(t))
         parts = self._parts(x, alpha, sigma)
         gamma = torch.softmax(parts.log_density, dim=1)
         alpha, sigma = over(alpha, parts.along), over(sigma, parts.along)

@@ -71,7 +71,7 @@ class Exact(Divergence):
         return basis[:, None].expand(size, x.shape[0], size).reshape(size, *x.shape)
 
     def trace(self, products: Tensor, probes: Tensor) -> Tensor:
-        return (products * probes).flatten(2).sum((0, 2))[:, None]
+        return (products * probes).reshape(*probes.shape[:2], -1).sum((0, 2))[:, None]
 
     def columns(self, x: State) -> int:
         return 1
@@ -103,7 +103,7 @@ class Hutchinson(Divergence):
         return normal if self.distribution == "gaussian" else torch.where(normal < 0, -1.0, 1.0).to(x)
 
     def trace(self, products: Tensor, probes: Tensor) -> Tensor:
-        return (products * probes).flatten(2).sum(2).T
+        return (products * probes).reshape(*probes.shape[:2], -1).sum(2).T
 
     def columns(self, x: State) -> int:
         return self.probes_per_row
@@ -127,6 +127,10 @@ def vector_jacobian(value: State, x: State, vectors: Tensor) -> Tensor:
 _PRODUCTS_AT_A_TIME = 64
 
 
+def _flat(x: State) -> Tensor:
+    return x.reshape(x.shape[0], -1)
+
+
 class _WithLogDensity(SDE):
     """The probability-flow ODE with the integrals of its divergence as extra entries of every row."""
 
@@ -148,7 +152,7 @@ class _WithLogDensity(SDE):
             velocity = self.model.velocity(t, x)
             products = [vector_jacobian(velocity, x, part) for part in torch.split(self.vectors, _PRODUCTS_AT_A_TIME)]
         trace = self.divergence.trace(torch.cat(products), self.vectors)
-        return torch.cat([velocity.detach().flatten(1), trace], dim=1)
+        return torch.cat([_flat(velocity.detach()), trace], dim=1)
 
     def diffusion(self, t: Tensor, y: State) -> float:
         return 0.0
@@ -233,7 +237,7 @@ def log_prob(
             bound = bound.given(rows_of(condition, rows, x.shape[0]))
         part = x[rows]
         process = _WithLogDensity(bound, divergence, divergence.probes(part, seed, rows.start), event)
-        state = torch.cat([part.flatten(1), part.new_zeros(len(part), divergence.columns(part))], dim=1)
+        state = torch.cat([_flat(part), part.new_zeros(len(part), divergence.columns(part))], dim=1)
         *_, state = solver.solve(process, state, grid, RowNoise(0).open(), tally)
         latent, integrals = state[:, :size].reshape(part.shape), state[:, size:]
         values.append(terminal.log_prob(latent.cpu()).to(latent) + integrals.mean(1))

@@ -33,7 +33,7 @@ from torch import Tensor
 from sdediff.errors import OptionError, ShapeError
 from sdediff.model import ScoreModel
 from sdediff.sde import LinearSDE
-from sdediff.shapes import PerRow, State, as_time, check_state, over, sum_rows
+from sdediff.shapes import PerRow, State, as_float64, as_time, check_state, over, sum_rows
 
 _EDM_MEAN, _EDM_STD = -1.2, 1.2
 
@@ -44,7 +44,7 @@ def _simple(sde: LinearSDE, t: Tensor, sigma_data: float) -> Tensor:
 
 def _likelihood(sde: LinearSDE, t: Tensor, sigma_data: float) -> Tensor:
     _, diffusion = sde.rates(t)
-    return torch.as_tensor(diffusion).expand(t.shape) ** 2 / (2 * sde.sigma(t) ** 2)
+    return as_float64(diffusion).expand(t.shape) ** 2 / (2 * sde.sigma(t) ** 2)
 
 
 def _snr(sde: LinearSDE, t: Tensor, sigma_data: float) -> Tensor:

@@ -41,33 +41,43 @@ Combination = tuple[Tensor, Tensor]
 """`(m, n)` of `m E[x_0 | x] + n E[eps | x]`, float64, `()` or `(batch,)` or a grid."""
 
 
-def _data(sde: LinearSDE, t: Tensor, sigma_data: float) -> Combination:
-    return torch.ones_like(t), torch.zeros_like(t)
+@dataclass(frozen=True)
+class Point:
+    """What a combination may depend on: the SDE at some times, float64."""
+
+    sde: LinearSDE
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    sigma_data: float
 
 
-def _noise(sde: LinearSDE, t: Tensor, sigma_data: float) -> Combination:
-    return torch.zeros_like(t), torch.ones_like(t)
+def _data(at: Point) -> Combination:
+    return torch.ones_like(at.alpha), torch.zeros_like(at.alpha)
 
 
-def _score(sde: LinearSDE, t: Tensor, sigma_data: float) -> Combination:
-    return torch.zeros_like(t), -1 / sde.sigma(t)
+def _noise(at: Point) -> Combination:
+    return torch.zeros_like(at.alpha), torch.ones_like(at.alpha)
 
 
-def _v(sde: LinearSDE, t: Tensor, sigma_data: float) -> Combination:
-    return -sde.sigma(t), sde.alpha(t)
+def _score(at: Point) -> Combination:
+    return torch.zeros_like(at.alpha), -1 / at.sigma
 
 
-def _flow(sde: LinearSDE, t: Tensor, sigma_data: float) -> Combination:
-    return sde.scale_rates(t)
+def _v(at: Point) -> Combination:
+    return -at.sigma, at.alpha
 
 
-def _edm(sde: LinearSDE, t: Tensor, sigma_data: float) -> Combination:
-    alpha, sigma = sde.alpha(t), sde.sigma(t)
-    k = (sigma**2 + (alpha * sigma_data) ** 2).sqrt()
-    return sigma / (sigma_data * k), -alpha * sigma_data / k
+def _flow(at: Point) -> Combination:
+    return at.sde.scale_rates(at.t)
 
 
-PREDICTIONS: dict[str, Callable[[LinearSDE, Tensor, float], Combination]] = {
+def _edm(at: Point) -> Combination:
+    k = (at.sigma**2 + (at.alpha * at.sigma_data) ** 2).sqrt()
+    return at.sigma / (at.sigma_data * k), -at.alpha * at.sigma_data / k
+
+
+PREDICTIONS: dict[str, Callable[[Point], Combination]] = {
     "noise": _noise,
     "data": _data,
     "score": _score,
@@ -172,8 +182,7 @@ class ScoreModel:
         if kind not in PREDICTIONS:
             raise OptionError(f"Unknown view {kind!r}: write one of {', '.join(map(repr, PREDICTIONS))}.")
         clock = as_time(t)
-        m, n = PREDICTIONS[kind](self.linear, clock, self.sigma_data)
-        return self.combine(clock, x, m, n, condition=condition)
+        return self.combine(clock, x, *PREDICTIONS[kind](self._point(clock)), condition=condition)
 
     def combine(self, t: Time, x: State, m: Tensor, n: Tensor, *, condition: Any = None) -> State:
         """`m E[x_0 | x] + n E[eps | x]` from one network call; m and n are `()` or `(batch,)`."""
@@ -182,11 +191,13 @@ class ScoreModel:
 
     def weights(self, t: Tensor, m: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         """`(c_x, c_F)` with `m E[x_0 | x] + n E[eps | x] = c_x x + c_F F`, float64, for times of any shape."""
-        sde = self.linear
-        p, q = PREDICTIONS[self.prediction](sde, t, self.sigma_data)
-        alpha, sigma = sde.alpha(t), sde.sigma(t)
-        determinant = alpha * q - sigma * p
-        return (m * q - n * p) / determinant, (alpha * n - sigma * m) / determinant
+        at = self._point(t)
+        p, q = PREDICTIONS[self.prediction](at)
+        determinant = at.alpha * q - at.sigma * p
+        return (m * q - n * p) / determinant, (at.alpha * n - at.sigma * m) / determinant
+
+    def _point(self, t: Tensor) -> Point:
+        return Point(self.linear, t, *self.linear.scales_at(t), self.sigma_data)
 
     def predict(self, t: Time, x: State, *, condition: Any = None) -> State:
         """The network's own output F, `(batch, *event)`.
@@ -197,11 +208,12 @@ class ScoreModel:
         """
         check_state(x)
         clock = per_row(as_time(t), x)
+        self.sde.check_span(clock)
         condition = self.condition if condition is None else condition
         inputs = x
         seen = clock
         if self.prediction == "edm":
-            alpha, sigma = self.linear.alpha(clock), self.linear.sigma(clock)
+            alpha, sigma = self.linear.scales_at(clock)
             inputs = x / over((sigma**2 + (alpha * self.sigma_data) ** 2).sqrt(), x)
             seen = (sigma / alpha).log() / 4
         if self.time is not None:

@@ -134,6 +134,7 @@ class _PathStream(NoiseStream):
         self._first_row = first_row
         self._start = RowDraws(mix(path.seed, 1), first_row)
         self._branch: dict[tuple[int, int], Tensor] = {}
+        self._latest: list[tuple[float, Tensor]] = []
 
     def normal(self, x: State) -> State:
         return self._start(x)
@@ -149,6 +150,9 @@ class _PathStream(NoiseStream):
         if t.ndim:
             raise CapabilityError("A BrownianPath answers for one time at a time; per-row times need RowNoise.")
         path = self._path
+        for time, known in self._latest:
+            if time == float(t):
+                return known
         where = (float(t) - path.t0) / (path.t1 - path.t0)
         if not -1e-12 <= where <= 1 + 1e-12:
             raise TimeError(f"The Brownian path spans [{path.t0:g}, {path.t1:g}]; t = {float(t):g} lies outside.")
@@ -167,7 +171,9 @@ class _PathStream(NoiseStream):
             else:
                 left, low = middle, low + width
         self._branch = {key: node for key, node in self._branch.items() if key in visited}
-        return left + (right - left) * min(max((where - low) / width, 0.0), 1.0)
+        here = left + (right - left) * min(max((where - low) / width, 0.0), 1.0)
+        self._latest = [*self._latest[-1:], (float(t), here)]
+        return here
 
     def _node(self, x: State, level: int, number: int) -> Tensor:
         key = (level, number)

@@ -27,7 +27,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
+from scipy.interpolate import CubicHermiteSpline
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -242,7 +242,7 @@ class DiscreteVP(LinearSDE):
     r"""A chain `x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z`, i = 1..N, made continuous with `t = i / N`.
 
     At the grid points `alpha(i / N)^2 = prod_{j <= i} (1 - beta_j)` exactly; between them `-log alpha^2` is a monotone
-    cubic (Fritsch and Carlson, 1980). The data is t = 0 and the first noisy state is `t_min = 1 / N`.
+    cubic (Fritsch and Butland, 1984). The data is t = 0 and the first noisy state is `t_min = 1 / N`.
 
     Args:
         betas: N numbers in (0, 1).
@@ -274,8 +274,13 @@ class DiscreteVP(LinearSDE):
     @cached_property
     def _integral(self) -> tuple[Tensor, Tensor]:
         steps = -np.log1p(-self.betas.numpy())
-        knots = np.arange(len(steps) + 1) / len(steps)
-        return torch.from_numpy(knots), torch.from_numpy(PchipInterpolator(knots, np.append(0, steps.cumsum())).c)
+        n = len(steps)
+        knots = np.arange(n + 1) / n
+        # Harmonic means of neighbouring slopes (and the outer slopes at the ends) keep the slope of the cubic positive.
+        inner = 2 * steps[1:] * steps[:-1] / (steps[1:] + steps[:-1])
+        slopes = n * np.concatenate([steps[:1], inner, steps[-1:]])
+        spline = CubicHermiteSpline(knots, np.append(0, steps.cumsum()), slopes)
+        return torch.from_numpy(knots), torch.from_numpy(spline.c)
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = as_time(t)

@@ -25,7 +25,7 @@ from torch import Tensor
 from sdediff.errors import OptionError
 from sdediff.model import ScoreModel
 from sdediff.sde import SDE
-from sdediff.shapes import State
+from sdediff.shapes import State, as_float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,4 +70,4 @@ class Reverse(SDE):
     def diffusion(self, t: Tensor, x: State) -> Tensor:
         if not self.noisy:
             return torch.zeros((), dtype=torch.float64)
-        return self.noise_level * torch.as_tensor(self.sde.diffusion(t, x))
+        return self.noise_level * as_float64(self.sde.diffusion(t, x))

@@ -34,7 +34,7 @@ from torch.distributions import Distribution, Independent, Normal
 from sdediff.errors import CapabilityError, SDEError, ShapeError, TimeError
 from sdediff.moments import Moments
 from sdediff.noise import RowNoise
-from sdediff.shapes import State, Time, Trajectory, as_time, check_state, over
+from sdediff.shapes import State, Time, Trajectory, as_float64, as_time, check_state, over
 
 if TYPE_CHECKING:
     from sdediff.model import ScoreModel
@@ -82,7 +82,7 @@ class SDE(ABC):
     def reverse_drift(self, t: Tensor, x: State, model: ScoreModel, noise_level: float) -> State:
         """Drift of the equal-marginal process `f - (1 + noise_level^2) / 2 g^2 score`."""
         drift, diffusion = self.coefficients(t, x)
-        return drift - over((1 + noise_level**2) / 2 * torch.as_tensor(diffusion) ** 2, x) * model.score(t, x)
+        return drift - over((1 + noise_level**2) / 2 * as_float64(diffusion) ** 2, x) * model.score(t, x)
 
     def clock(self, t: Tensor) -> Tensor:
         """A rising function of t in which even steps suit the process: t itself, or -log SNR where that is known."""
@@ -195,7 +195,7 @@ class LinearSDE(SDE):
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """`(a, g)`: the SDE is `dx = a x dt + g dw`."""
         t = as_time(t)
-        alpha, sigma = self.scales(t)
+        alpha, sigma = self.scales_at(t)
         d_alpha, d_sigma = self.scale_rates(t)
         drift_rate = d_alpha / alpha
         return drift_rate, (2 * sigma * (d_sigma - drift_rate * sigma)).sqrt()
@@ -204,20 +204,24 @@ class LinearSDE(SDE):
     def _moments(self) -> Moments:
         def rates(t: Tensor) -> tuple[Tensor, Tensor]:
             drift_rate, diffusion = self.rates(t)
-            return torch.as_tensor(drift_rate).to(t).expand(t.shape), torch.as_tensor(diffusion).to(t).expand(t.shape)
+            return as_float64(drift_rate).expand(t.shape), as_float64(diffusion).expand(t.shape)
 
         return Moments(rates, self.t_max, self.initial_std)
 
     def scale_rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """`(alpha', sigma')`: from `rates` where those are given, else by automatic differentiation of `scales`."""
         if type(self).scales is LinearSDE.scales:
-            alpha, sigma = self.scales(t)
+            t = as_time(t)
+            alpha, sigma = self.scales_at(t)
             drift_rate, diffusion = self.rates(t)
             return drift_rate * alpha, drift_rate * sigma + diffusion**2 / (2 * sigma)
+        t = as_time(t)
+        learned = torch.is_grad_enabled() and (
+            t.requires_grad or any(as_float64(v).requires_grad for v in self.scales(t))
+        )
         with torch.enable_grad():
-            at = as_time(t) if torch.is_grad_enabled() and t.requires_grad else as_time(t).detach().requires_grad_()
-            values = [torch.as_tensor(v, dtype=torch.float64).expand(at.shape) for v in self.scales(at)]
-            learned = any(v.requires_grad and v.grad_fn is not None for v in values) and at.requires_grad
+            at = t if learned and t.requires_grad else t.detach().requires_grad_()
+            values = [as_float64(v).expand(at.shape) for v in self.scales(at)]
             d_alpha, d_sigma = (
                 torch.autograd.grad(
                     v.sum(), at, create_graph=learned, retain_graph=True, materialize_grads=True, allow_unused=True
@@ -226,20 +230,19 @@ class LinearSDE(SDE):
                 else torch.zeros_like(at)
                 for v in values
             )
-        if torch.is_grad_enabled():
-            return d_alpha, d_sigma
-        return d_alpha.detach(), d_sigma.detach()
+        return d_alpha, d_sigma
 
     # Scalar functions of time, in the dtype of t.
+
+    def scales_at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """`scales` at a float64 time, as two tensors of its shape whatever the user's method returns; unchecked."""
+        alpha, sigma = self.scales(t)
+        return as_float64(alpha).expand(t.shape), as_float64(sigma).expand(t.shape)
 
     def _scales(self, t: Time) -> tuple[Tensor, Tensor]:
         clock = as_time(t)
         self.check_span(clock)
-        alpha, sigma = self.scales(clock)
-        return (
-            torch.as_tensor(alpha, dtype=torch.float64).expand(clock.shape),
-            torch.as_tensor(sigma, dtype=torch.float64).expand(clock.shape),
-        )
+        return self.scales_at(clock)
 
     def alpha(self, t: Time) -> Tensor:
         """The signal scale, in `(0, 1]` for named processes; float64 inside, returned in the dtype of t."""
@@ -349,25 +352,26 @@ class LinearSDE(SDE):
     # As an SDE.
 
     def drift(self, t: Tensor, x: State) -> State:
-        return over(torch.as_tensor(self.rates(as_time(t))[0]), x) * x
+        return over(as_float64(self.rates(as_time(t))[0]), x) * x
 
     def diffusion(self, t: Tensor, x: State) -> Tensor:
-        return torch.as_tensor(self.rates(as_time(t))[1])
+        return as_float64(self.rates(as_time(t))[1])
 
     def coefficients(self, t: Tensor, x: State) -> tuple[State, Tensor]:
         drift_rate, diffusion = self.rates(as_time(t))
-        return over(torch.as_tensor(drift_rate), x) * x, torch.as_tensor(diffusion)
+        return over(as_float64(drift_rate), x) * x, as_float64(diffusion)
 
     def advance(self, s: Tensor, t: Tensor, x: State, normal: State) -> State:
         scale, std = self.transition(s, t)
         return over(scale, x) * x + over(std, x) * normal
 
     def reverse_drift(self, t: Tensor, x: State, model: ScoreModel, noise_level: float) -> State:
-        d_alpha, from_noise = self.scale_rates(as_time(t))
-        if noise_level:
-            _, diffusion = self.rates(as_time(t))
-            from_noise = from_noise + noise_level**2 / 2 * diffusion**2 / self.sigma(as_time(t))
-        return model.combine(t, x, d_alpha, from_noise)
+        t = as_time(t)
+        d_alpha, d_sigma = self.scale_rates(t)
+        if noise_level:  # g^2 / (2 sigma) = sigma' - sigma alpha' / alpha
+            alpha, sigma = self.scales_at(t)
+            d_sigma = d_sigma + noise_level**2 * (d_sigma - sigma * d_alpha / alpha)
+        return model.combine(t, x, d_alpha, d_sigma)
 
     def clock(self, t: Tensor) -> Tensor:
         return -self.log_snr(t)
@@ -440,7 +444,7 @@ class _Linearized(LinearSDE):
 
     def _at(self, t: Tensor, x: State) -> tuple[Tensor, Tensor]:
         drift, diffusion = self._sde.coefficients(t, x)
-        return drift, torch.as_tensor(diffusion, dtype=torch.float64)
+        return drift, as_float64(diffusion)
 
     def _check_linear(self) -> None:
         generator = torch.Generator().manual_seed(0)

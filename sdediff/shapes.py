@@ -26,16 +26,21 @@ Time: TypeAlias = Tensor | float
 """A time: a float, a tensor `()`, or a tensor `(batch,)`."""
 
 
-def as_time(t: Time) -> Tensor:
-    """The time as a float64 tensor, the clock in which all schedule coefficients are computed.
+def as_float64(c: Tensor | float) -> Tensor:
+    """A time or a coefficient as a float64 tensor.
 
-    A device without float64 (Apple's MPS) hands its times to the CPU; `over` brings the coefficients back.
+    A device without float64 (Apple's MPS) hands it to the CPU; `over` brings coefficients back.
     """
-    if not isinstance(t, Tensor):
-        return torch.tensor(t, dtype=torch.float64)
-    if t.device.type == "mps":
-        t = t.cpu()
-    return t.to(torch.float64)
+    if not isinstance(c, Tensor):
+        return torch.tensor(c, dtype=torch.float64)
+    if c.device.type == "mps":
+        c = c.cpu()
+    return c.to(torch.float64)
+
+
+def as_time(t: Time) -> Tensor:
+    """The time as a float64 tensor, the clock in which all schedule coefficients are computed."""
+    return as_float64(t)
 
 
 def over(c: Tensor | float, x: State) -> Tensor:

@@ -39,7 +39,7 @@ _NOISE_LEVELS = (0.0, 0.5, 1.0, 1.5)
 def _compare(what: str, t: float | Tensor, got: Tensor | float, expected: Tensor | float, tolerance: float) -> None:
     """Raise when two numbers, or two rows of them at the times t, differ by more than the relative tolerance."""
     found = torch.as_tensor(got, dtype=torch.float64).reshape(-1).detach()
-    wanted = torch.as_tensor(expected, dtype=torch.float64).reshape(-1).detach()
+    wanted = torch.as_tensor(expected, dtype=torch.float64).reshape(-1).detach().expand(found.shape)
     off = (found - wanted).abs() / (wanted.abs() + 1e-12)
     off = torch.where(off.isnan(), math.inf, off)
     worst = int(off.argmax())
@@ -269,7 +269,7 @@ def marginals_do_not_depend_on_the_noise_level(sde: SDE) -> None:
             return [drift[0].item() + slope * y[0], 2 * slope * y[1] - torch.as_tensor(diffusion).item() ** 2]
 
         ends = (times[0].item(), times[-1].item())
-        solved = solve_ivp(moments, ends, start, "RK45", times.numpy(), rtol=1e-6, atol=1e-9)
+        solved = solve_ivp(moments, ends, start, "RK45", times.numpy(), rtol=1e-7, atol=1e-10)
         if not solved.success:
             raise CheckFailure(f"The reverse process of {sde} could not be integrated: {solved.message}")
         what = f"The process of noise level {level:g} does not keep the"

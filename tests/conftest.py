@@ -1,0 +1,15 @@
+"""Profiles of hypothesis, one thread per test process, and the code of the README as tests."""
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+torch.set_num_threads(1)
+
+slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=slow, max_examples=25)
+settings.register_profile("dev", deadline=None, suppress_health_check=slow, max_examples=25)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -1,0 +1,195 @@
+import math
+
+import pytest
+import torch
+from helpers import NAMED, TwoFunctions, name
+
+import sdediff as sd
+from sdediff.likelihood import vector_jacobian
+
+F64 = torch.float64
+TIGHT = sd.TorchDiffEq(rtol=1e-7, atol=1e-7)
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def gaussian(size):
+    root = torch.randn(size, size, dtype=F64, generator=GENERATOR) / size**0.5
+    mean = torch.randn(size, dtype=F64, generator=GENERATOR)
+    return sd.exact.Gaussian(mean, root @ root.T + 0.1 * torch.eye(size, dtype=F64))
+
+
+@pytest.mark.parametrize("sde", [*NAMED[:-1], TwoFunctions()], ids=name)
+@pytest.mark.parametrize("size", [1, 3])
+def test_gaussian_data_has_the_closed_form(sde, size):
+    """With the exact terminal density the value is log p at t_min, to solver tolerance; with the SDE's own prior it
+    is off by exactly log prior(x_T) - log p_T(x_T)."""
+    target = gaussian(size)
+    start, end = target.marginal(sde, sde.t_min), target.marginal(sde, sde.t_max)
+    x = start.sample(8, seed=1)
+    exact = start.log_prob(x)
+    result = sd.log_prob(target.model(sde), x, solver=TIGHT, prior=end)
+    torch.testing.assert_close(result.value, exact, rtol=0, atol=2e-5)
+    assert torch.equal(result.stderr, torch.zeros(8, dtype=F64))
+    latent = target.flow(sde, x, sde.t_min, sde.t_max)
+    own = sd.log_prob(target.model(sde), x, solver=TIGHT)
+    mismatch = sd.as_linear(sde).prior((size,), dtype=F64).log_prob(latent) - end.log_prob(latent)
+    torch.testing.assert_close(own.value, exact + mismatch, rtol=0, atol=1e-4)
+    torch.testing.assert_close(own.latent, latent, rtol=1e-4, atol=1e-4)
+
+
+def test_mixtures_have_the_closed_form():
+    means = torch.tensor([[-1.0, 0.0], [1.0, 1.0], [0.0, -2.0]], dtype=F64)
+    target = sd.exact.GaussianMixture(torch.tensor([1.0, 2.0, 3.0]), means, torch.tensor([0.02, 0.1, 0.3]))
+    sde = sd.VP()
+    x = target.sample(32, seed=0)
+    result = sd.log_prob(target.model(sde), x, solver=TIGHT, prior=target.marginal(sde, 1.0))
+    assert (result.value - target.marginal(sde, sde.t_min).log_prob(x)).abs().max() < 2e-4
+    assert (result.value - target.log_prob(x)).abs().max() < 5e-3  # the blur of t_min = 1e-5
+
+
+@pytest.mark.parametrize("event", [(1, 4, 4), (3, 2, 2), (2, 3), (5,), ()])
+def test_exact_divergence_works_for_any_event_shape(event):
+    size = math.prod(event)
+    target = sd.exact.Gaussian(torch.linspace(-1, 1, size, dtype=F64).reshape(event), 0.3)
+    x = target.sample(3, seed=0)
+    sde = sd.VP()
+    result = sd.log_prob(target.model(sde), x, solver=TIGHT, prior=target.marginal(sde, 1.0))
+    torch.testing.assert_close(result.value, target.marginal(sde, sde.t_min).log_prob(x), rtol=0, atol=1e-4)
+    assert result.latent.shape == x.shape
+
+
+def test_the_divergence_is_the_trace_of_the_jacobian():
+    matrix = torch.randn(12, 12, dtype=F64, generator=GENERATOR)
+    x = torch.randn(4, 3, 2, 2, dtype=F64, generator=GENERATOR).requires_grad_()
+    value = (x.flatten(1).sin() @ matrix.T).reshape(x.shape)
+    exact = (matrix.diagonal() * x.flatten(1).cos()).sum(1)
+    for divergence in (sd.likelihood.Exact(), sd.Hutchinson(4000), sd.Hutchinson(4000, "gaussian")):
+        probes = divergence.probes(x.detach(), 7, 0)
+        estimates = divergence.trace(vector_jacobian(value, x, probes), probes)
+        if estimates.shape[1] == 1:
+            torch.testing.assert_close(estimates[:, 0], exact)
+        else:
+            error = estimates.std(1) / 4000**0.5
+            assert ((estimates.mean(1) - exact).abs() < 5 * error).all()
+    assert torch.equal(sd.Hutchinson(3).probes(x.detach(), 7, 0).abs(), torch.ones(3, 4, 3, 2, 2, dtype=F64))
+
+
+def test_networks_without_batched_backward_fall_back_to_a_loop():
+    class Stubborn(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, g):
+            (x,) = ctx.saved_tensors
+            return g * torch.from_numpy(x.detach().numpy()).cos() if float(g.sum()) == float(g.sum()) else g
+
+    x = torch.randn(3, 4, dtype=F64, generator=GENERATOR).requires_grad_()
+    basis = sd.likelihood.Exact().probes(x.detach(), 0, 0)
+    products = vector_jacobian(Stubborn.apply(x), x, basis)
+    torch.testing.assert_close(sd.likelihood.Exact().trace(products, basis)[:, 0], x.cos().sum(1))
+
+
+def test_hutchinson_is_unbiased_with_an_honest_error_bar_that_falls_as_one_over_k():
+    sde, target = sd.VP(), gaussian(6)
+    x = target.sample(400, seed=0)
+    model, end = target.model(sde), target.marginal(sde, 1.0)
+    truth = target.marginal(sde, sde.t_min).log_prob(x)
+    variances = []
+    for probes in (4, 16):
+        result = sd.log_prob(model, x, solver=sd.TorchDiffEq(), prior=end, divergence=sd.Hutchinson(probes), seed=3)
+        off = result.value - truth
+        assert abs(off.mean()) < 5 * off.std() / 400**0.5 + 1e-3
+        variances.append(off.square().mean().item())
+        assert result.stderr.square().mean().item() == pytest.approx(variances[-1], rel=0.25)
+        inside = (off.abs() < 3 * result.stderr + 1e-3).double().mean()
+        assert inside > 0.9  # t-distributed with 3 (15) degrees of freedom: 0.942 (0.991)
+    assert variances[0] / variances[1] == pytest.approx(4, rel=0.35)
+
+
+def test_a_single_probe_has_no_error_bar():
+    target = gaussian(3)
+    result = sd.log_prob(target.model(sd.VP()), target.sample(2, seed=0), divergence=sd.Hutchinson(1), seed=0)
+    assert result.stderr.isnan().all()
+
+
+def test_rows_do_not_depend_on_batch_or_chunk_with_fixed_steps():
+    target = gaussian(3)
+    model, x = target.model(sd.VP()), target.sample(16, seed=0)
+    for divergence in ("exact", sd.Hutchinson(3)):
+        options = {"solver": sd.Heun(), "steps": 20, "divergence": divergence, "seed": 1}
+        whole = sd.log_prob(model, x, **options)
+        for part in (sd.log_prob(model, x, batch_size=5, **options), sd.log_prob(model, x[:7], **options)):
+            n = len(part.value)
+            torch.testing.assert_close(part.value, whole.value[:n], rtol=0, atol=1e-10)
+            torch.testing.assert_close(part.stderr, whole.stderr[:n], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("solver", "order"), [(sd.EulerMaruyama(0.0), 1), (sd.Heun(), 2)], ids=name)
+def test_our_own_steppers_give_likelihoods_of_their_order(solver, order):
+    target, sde = gaussian(2), sd.VP()
+    x = target.sample(16, seed=0)
+    exact = target.marginal(sde, 1e-2).log_prob(x)
+    end = target.marginal(sde, 1.0)
+    errors = [
+        (sd.log_prob(target.model(sde), x, solver=solver, steps=n, t_min=1e-2, prior=end).value - exact).abs().mean()
+        for n in (40, 80, 160)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.3)
+    assert errors[1] / errors[2] == pytest.approx(2**order, rel=0.3)
+
+
+def test_the_prior_gap_is_the_kl_divergence_of_the_last_kernel():
+    target, sde = gaussian(3), sd.VP()
+    x = target.sample(5, seed=0)
+    result = sd.log_prob(target.model(sde), x)
+    q = torch.distributions.Normal(sde.alpha(1.0) * x, sde.sigma(1.0))
+    p = torch.distributions.Normal(torch.zeros_like(x), sde.sigma(1.0))
+    torch.testing.assert_close(result.prior_gap, torch.distributions.kl_divergence(q, p).sum(1))
+    assert result.settings["divergence"] == "Exact()"
+    assert result.accepted > 0
+    assert result.nfe > 10
+
+
+def test_an_affine_change_of_data_shifts_log_p_by_the_log_determinant():
+    target, sde = gaussian(2), sd.VP()
+    scaled = sd.exact.Gaussian(0.5 * target.mean + 1, 0.25 * target.cov)
+    x = target.sample(8, seed=0)
+    a = sd.log_prob(target.model(sde), x, solver=TIGHT, prior=target.marginal(sde, 1.0), t_min=1e-6).value
+    b = sd.log_prob(scaled.model(sde), 0.5 * x + 1, solver=TIGHT, prior=scaled.marginal(sde, 1.0), t_min=1e-6).value
+    torch.testing.assert_close(b, a + 2 * math.log(2), rtol=0, atol=1e-3)
+
+
+def test_bits_per_dim_of_uniform_bins_is_the_entropy_of_the_code():
+    """Data uniform over the codes, dequantised, is uniform on [-1, 1]; a wide flat mixture models it, so that bits/dim
+    approaches log2(levels). The bin width enters exactly: other intervals with scaled models give the same number."""
+    levels = 8
+    codes = torch.arange(levels).repeat(16)[:, None]
+    centres = torch.linspace(-1, 1, 401, dtype=F64)[1::2, None]
+    options = {"levels": levels, "dequantize": "uniform", "seed": 0, "solver": sd.TorchDiffEq()}
+    flat = sd.exact.GaussianMixture(torch.ones(200), centres, torch.full((200,), 0.006**2))
+    sde = sd.VP(t_min=1e-7)
+    result = sd.bits_per_dim(flat.model(sde), codes, prior=flat.marginal(sde, 1.0), **options)
+    assert result.value.mean().item() == pytest.approx(3, abs=0.03)
+    wide = sd.exact.GaussianMixture(torch.ones(200), 2 * centres + 2, torch.full((200,), 0.012**2))
+    again = sd.bits_per_dim(wide.model(sde), codes, prior=wide.marginal(sde, 1.0), interval=(0.0, 4.0), **options)
+    torch.testing.assert_close(again.value, result.value, rtol=0, atol=5e-3)
+    assert "8 levels" in result.protocol
+    assert "uniform" in result.protocol
+
+
+def test_bits_per_dim_is_the_log_density_in_bins_of_the_declared_width():
+    target = sd.exact.Gaussian(torch.zeros(2, 3, dtype=F64), 0.2)
+    sde = sd.VP()
+    codes = torch.randint(0, 16, (6, 2, 3), generator=torch.Generator().manual_seed(0))
+    result = sd.bits_per_dim(
+        target.model(sde), codes, levels=16, dequantize="uniform", samples=64, seed=1, prior=target.marginal(sde, 1.0)
+    )
+    edges = torch.linspace(-1, 1, 17, dtype=F64)
+    cell = lambda c: torch.linspace(0, 1, 201, dtype=F64) * 0.125 + edges[c][..., None]  # noqa: E731
+    density = torch.distributions.Normal(0.0, 0.2**0.5).log_prob(cell(codes)).mean(-1)
+    exact = -(density.sum((1, 2)) / 6 + math.log(0.125)) / math.log(2)
+    assert ((result.value - exact).abs() < 5 * result.stderr + 2e-3).all()
+    assert result.stderr.max() < 0.05

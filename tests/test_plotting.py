@@ -1,0 +1,150 @@
+"""Figures: what they show, their labels, and the sentences for what cannot be drawn."""
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import sdediff as sd
+from sdediff import plotting
+
+
+def labels(figure):
+    return [(ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) for ax in figure.axes]
+
+
+def saved(figure, tmp_path):
+    """Drawing is where a figure fails; the file shows that it does not."""
+    assert isinstance(figure, Figure)
+    path = tmp_path / "figure.png"
+    figure.savefig(path, dpi=40)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    return figure
+
+
+@pytest.fixture
+def images():
+    return torch.rand(12, 1, 8, 8) * 2 - 1
+
+
+def test_forward_process_of_images_shows_the_times(images, tmp_path):
+    figure = saved(plotting.forward_process(sd.VP(), images[:3], [0.0, 0.5, 1.0]), tmp_path)
+    (ax,) = figure.axes
+    assert ax.get_xlabel() == "time t"
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "0.5", "1"]
+    assert "VP" in ax.get_title()
+
+
+def test_forward_process_repeats_with_its_seed(images):
+    a, b, c = (plotting.forward_process(sd.VP(), images[:2], [0.0, 1.0], seed) for seed in (1, 1, 2))
+    pictures = [figure.axes[0].images[0].get_array() for figure in (a, b, c)]
+    assert (pictures[0] == pictures[1]).all()
+    assert not (pictures[0] == pictures[2]).all()
+
+
+def test_points_in_the_plane_become_panels(tmp_path):
+    figure = saved(plotting.forward_process(sd.VP(), torch.randn(50, 2), [0.0, 0.5, 1.0]), tmp_path)
+    assert [title for title, _, _ in labels(figure)] == ["t = 0", "t = 0.5", "t = 1"]
+    assert labels(figure)[0][1:] == ("x₁", "x₂")
+
+
+@pytest.mark.parametrize("event", [(), (1,)])
+def test_numbers_become_paths_over_time(event, tmp_path):
+    figure = saved(plotting.forward_process(sd.VP(), torch.randn(20, *event)), tmp_path)
+    assert labels(figure)[0][1:] == ("time t", "state x")
+    assert len(figure.axes[0].lines) == 20
+
+
+def test_trajectories_of_a_solution(tmp_path):
+    model = sd.exact.Gaussian(torch.zeros(2), torch.eye(2)).model(sd.VP())
+    solution = sd.sample(model, (30, 2), steps=6, seed=0, trajectory=True)
+    figure = saved(plotting.trajectories(solution, columns=4), tmp_path)
+    assert labels(figure)[0][0] == "t = 1"
+    assert len(figure.axes) == 4
+
+
+def test_trajectories_refuse_what_has_none():
+    model = sd.exact.Gaussian(torch.zeros(2), torch.eye(2)).model(sd.VP())
+    with pytest.raises(sd.ShapeError, match="trajectory=True"):
+        plotting.trajectories(sd.sample(model, (3, 2), steps=2, seed=0))
+    with pytest.raises(sd.ShapeError, match="3 states but times of shape"):
+        plotting.trajectories(torch.randn(3, 5, 2), [0.0, 1.0])
+    with pytest.raises(sd.ShapeError, match="Only images, points in the plane and numbers"):
+        plotting.trajectories(torch.randn(3, 5, 7))
+
+
+def test_strips_side_by_side(images, tmp_path):
+    states = images.expand(5, *images.shape)
+    figure = plotting.image_frames({"one": (states, range(5)), "two": (states[:2], [0.0, 1e-4])}, columns=3, rows=2)
+    assert [title for title, _, _ in labels(saved(figure, tmp_path))] == ["one", "two"]
+    assert [tick.get_text() for tick in figure.axes[1].get_xticklabels()] == ["0", "0.0001"]
+
+
+@pytest.mark.parametrize("event", [(8, 8), (1, 8, 8), (3, 6, 4)])
+def test_image_grid_takes_grey_and_colour(event, tmp_path):
+    figure = saved(plotting.image_grid(torch.rand(7, *event), columns=3, title="Seven"), tmp_path)
+    height, width = event[-2:]
+    gap = max(1, round(width / 5))
+    assert figure.axes[0].images[0].get_array().shape == (3 * (height + gap) - gap, 3 * (width + gap) - gap, 3)
+    assert figure.axes[0].get_title() == "Seven"
+
+
+def test_image_grid_refuses_other_shapes():
+    with pytest.raises(sd.ShapeError, match=r"Images have events"):
+        plotting.image_grid(torch.rand(4, 2, 8, 8))
+
+
+def test_image_rows_name_their_sets(images, tmp_path):
+    figure = saved(plotting.image_rows({"DDPM": images, "DDIM": images}, columns=4, title="Digits"), tmp_path)
+    assert [ax.get_ylabel() for ax in figure.axes] == ["DDPM", "DDIM"]
+
+
+def test_loss_curve_shows_the_running_mean(tmp_path):
+    figure = saved(plotting.loss_curve([4.0, 2.0, 2.0, 2.0], window=2), tmp_path)
+    each, mean = figure.axes[0].lines
+    assert list(each.get_ydata()) == [4, 2, 2, 2]
+    assert list(mean.get_ydata()) == [4, 3, 2, 2]
+    assert labels(figure) == [("Training", "optimisation step", "denoising loss")]
+
+
+def test_quality_against_nfe_draws_negative_distances_too(tmp_path):
+    results = {"A": [(20, 0.01), (10, 0.1)], "B": [(5, 2.0), (50, -0.0005)]}
+    figure = saved(plotting.quality_against_nfe(results, floor=(0.0003, 0.001)), tmp_path)
+    (ax,) = figure.axes
+    assert [line.get_label() for line in ax.lines] == ["A", "B"]
+    assert list(ax.lines[0].get_xdata()) == [10, 20]
+    assert "NFE" in ax.get_xlabel()
+    assert "distance" in ax.get_ylabel()
+    assert ax.get_ylim()[0] < -0.0005
+
+
+def test_scatter_of_one_and_of_several(tmp_path):
+    assert labels(saved(plotting.scatter(torch.randn(9, 2)), tmp_path)) == [("Samples", "x₁", "x₂")]
+    both = plotting.scatter({"data": torch.randn(9, 2), "model": torch.randn(5, 2)}, title="Two")
+    assert [title for title, _, _ in labels(saved(both, tmp_path))] == ["data", "model"]
+    with pytest.raises(sd.ShapeError, match="Points in the plane"):
+        plotting.scatter(torch.randn(9, 3))
+
+
+def test_density_is_drawn_the_right_way_round(tmp_path):
+    def log_density(x):
+        return -((x[:, 0] - 2) ** 2 + x[:, 1] ** 2) * 4
+
+    figure = saved(plotting.density_2d(log_density, resolution=31, samples=torch.zeros(2, 2)), tmp_path)
+    mesh = figure.axes[0].collections[0]
+    x, y = mesh.get_coordinates().reshape(-1, 2)[mesh.get_array().argmax()]
+    assert (x, y) == pytest.approx((2, 0), abs=0.11)
+    assert labels(figure)[0] == ("Density", "x₁", "x₂")
+
+
+def test_no_state_is_left_in_pyplot(images):
+    from matplotlib import pyplot
+
+    before = pyplot.get_fignums()
+    plotting.image_grid(images)
+    assert pyplot.get_fignums() == before
+
+
+def test_a_missing_extra_is_named(monkeypatch, images):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(sd.MissingExtraError, match=r"sdediff\[plot\]"):
+        plotting.image_grid(images)

@@ -1,0 +1,181 @@
+import pytest
+import torch
+from helpers import TwoFunctions, name, scalar_target
+
+import sdediff as sd
+
+F64 = torch.float64
+GENERATOR = torch.Generator().manual_seed(0)
+ROOT = torch.randn(3, 3, dtype=F64, generator=GENERATOR)
+GAUSSIAN = sd.exact.Gaussian(torch.tensor([0.5, -1.0, 0.0], dtype=F64), ROOT @ ROOT.T + 0.1 * torch.eye(3))
+MIXTURE = sd.exact.GaussianMixture(
+    torch.tensor([1.0, 2.0]),
+    torch.randn(2, 3, dtype=F64, generator=GENERATOR),
+    sd.exact.LowRank(torch.randn(2, 3, 1, dtype=F64, generator=GENERATOR), 0.05),
+)
+STEPPERS = [
+    sd.DDPM(),
+    sd.DDPM("beta"),
+    sd.DDIM(),
+    sd.DDIM(0.5),
+    sd.EulerMaruyama(),
+    sd.EulerMaruyama(0.0),
+    sd.Heun(),
+    sd.Heun(churn=3.0),
+    sd.PredictorCorrector(sd.EulerMaruyama(), sd.Langevin(steps=2)),
+    sd.TorchSDE("euler"),
+    sd.TorchSDE("srk"),
+    sd.TorchDiffEq("rk4"),
+]
+
+
+@pytest.mark.parametrize("solver", STEPPERS, ids=name)
+@pytest.mark.parametrize("target", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])
+def test_a_row_is_bitwise_the_same_in_any_batch_and_chunk(target, solver):
+    model = target.model(sd.VP())
+    whole = sd.sample(model, (64, 3), solver=solver, steps=6, seed=5, dtype=F64).x
+    for rows, chunk in ((1, None), (7, None), (7, 2), (64, 5), (64, 64), (64, 1)):
+        part = sd.sample(model, (rows, 3), solver=solver, steps=6, seed=5, dtype=F64, batch_size=chunk).x
+        assert torch.equal(part, whole[:rows]), (rows, chunk)
+    other = sd.sample(model, (64, 3), solver=solver, steps=6, seed=6, dtype=F64).x
+    assert not torch.isclose(other, whole).any()
+
+
+@pytest.mark.parametrize("event", [(), (5000,), (1, 8, 8)])
+def test_rows_are_independent_for_any_event(event):
+    """Events so large that a noise block holds one row, images, and scalars."""
+    model = sd.ScoreModel(lambda x, t: x * 0.5, sd.VP())
+    whole = sd.sample(model, (5, *event), solver=sd.DDPM(), steps=3, seed=1).x
+    part = sd.sample(model, (5, *event), solver=sd.DDPM(), steps=3, seed=1, batch_size=2).x
+    assert torch.equal(whole, part)
+
+
+def test_the_global_seed_governs_unseeded_samples():
+    model = GAUSSIAN.model(sd.VP())
+    torch.manual_seed(3)
+    a = sd.sample(model, (4, 3), steps=3).x
+    torch.manual_seed(3)
+    assert torch.equal(sd.sample(model, (4, 3), steps=3).x, a)
+    assert not torch.equal(sd.sample(model, (4, 3), steps=3).x, a)
+
+
+@pytest.mark.parametrize(
+    ("solver", "nfe"),
+    [(sd.DDPM(), 10), (sd.DDIM(), 10), (sd.EulerMaruyama(), 10), (sd.Heun(), 20), (sd.TorchDiffEq("rk4"), 40),
+     (sd.PredictorCorrector(sd.DDPM(), sd.Langevin(steps=2)), 30), (sd.TorchSDE("euler"), 10)],
+    ids=name,
+)  # fmt: skip
+def test_network_calls_are_counted(solver, nfe):
+    calls = []
+    model = sd.ScoreModel(lambda x, t: calls.append(len(x)) or x, sd.VP())
+    plain = sd.sample(model, (6, 2), solver=solver, steps=10, final="none", seed=0)
+    assert plain.nfe == nfe == len(calls)
+    assert sd.sample(model, (6, 2), solver=solver, steps=10, seed=0).nfe == nfe + 1
+    assert sd.sample(model, (6, 2), solver=solver, steps=10, seed=0, batch_size=2).nfe == nfe + 1
+    assert plain.accepted is None
+
+
+def test_the_end_is_denoised_unless_told_otherwise():
+    model = MIXTURE.model(sd.VP())
+    plain = sd.sample(model, (4, 3), steps=5, seed=0, final="none", t_min=0.1, dtype=F64)
+    ended = sd.sample(model, (4, 3), steps=5, seed=0, t_min=0.1, dtype=F64)
+    assert plain.times[-1] == 0.1
+    torch.testing.assert_close(ended.x, model.denoised(0.1, plain.x), rtol=1e-12, atol=1e-12)
+
+
+def test_the_trajectory_starts_at_the_prior_and_ends_at_the_state():
+    model = GAUSSIAN.model(sd.VE())
+    solution = sd.sample(model, (5000, 3), steps=4, seed=0, final="none", trajectory=True, dtype=F64, batch_size=777)
+    assert solution.trajectory.shape == (5, 5000, 3)
+    assert torch.equal(solution.trajectory[-1], solution.x)
+    assert solution.trajectory[0].std().item() == pytest.approx(50, rel=5 / (2 * 15000) ** 0.5)
+    times = solution.times
+    again = sd.sample(model, (5000, 3), times=times, seed=0, final="none", dtype=F64)
+    assert torch.equal(again.x, solution.x)
+
+
+@pytest.mark.parametrize("solver", [sd.TorchDiffEq(rtol=1e-8, atol=1e-8), sd.TorchDiffEq("rk4"), sd.Heun()], ids=name)
+def test_encode_follows_the_exact_flow_and_sample_leads_back(solver):
+    for sde in (sd.VP(), sd.VE(), sd.RectifiedFlow(), TwoFunctions()):
+        model = GAUSSIAN.model(sde)
+        x = GAUSSIAN.sample(6, seed=0)
+        steps = None if solver.default_steps == 1 else 400 // solver.order
+        there = sd.encode(model, x, solver=solver, steps=steps, t_min=1e-3)
+        scale = GAUSSIAN.marginal(sde, sde.t_max).cov.diagonal().sqrt()
+        exact = GAUSSIAN.flow(sde, x, 1e-3, sde.t_max)
+        assert ((there.x - exact) / scale).abs().max() < 2e-3
+        back = sd.sample(model, x.shape, x_init=there.x, solver=solver, steps=steps, t_min=1e-3, final="none", seed=0)
+        assert (back.x - x).abs().max() < 2e-3
+        assert (there.times.diff() > 0).all()
+
+
+def test_encode_by_ddim_converges_to_the_flow():
+    model, x = GAUSSIAN.model(sd.VP()), GAUSSIAN.sample(6, seed=0)
+    exact = GAUSSIAN.flow(sd.VP(), x, 1e-3, 1.0)
+    errors = [(sd.encode(model, x, solver=sd.DDIM(), steps=n, t_min=1e-3).x - exact).abs().max() for n in (100, 200)]
+    assert 1.7 < errors[0] / errors[1] < 2.3
+
+
+@pytest.mark.parametrize("solver", STEPPERS, ids=name)
+def test_samples_have_the_right_moments(solver):
+    """10,000 rows: mean and covariance within 5 standard errors and the discretisation error of 150 steps."""
+    steps = 150
+    x = sd.sample(GAUSSIAN.model(sd.VP()), (10000, 3), solver=solver, steps=steps, t_min=1e-4, seed=0, dtype=F64).x
+    scale = GAUSSIAN.cov.diagonal().sqrt()
+    assert ((x.mean(0) - GAUSSIAN.mean) / scale).abs().max() < 5 / 10000**0.5 + 0.01
+    bias = 0.15 if solver.order == 1 else 0.02
+    assert ((x.T.cov() - GAUSSIAN.cov) / scale / scale[:, None]).abs().max() < 5 * (2 / 10000) ** 0.5 + bias
+
+
+def test_conditions_are_cut_with_the_rows_and_others_pass_untouched():
+    seen = []
+
+    def network(x, t, condition):
+        seen.append(condition)
+        return x * 0
+
+    model = sd.ScoreModel(network, sd.VP())
+    labels = torch.arange(5)
+    sd.sample(model, (5, 2), condition=labels, batch_size=2, steps=1, final="none", seed=0)
+    assert [c.tolist() for c in seen] == [[0, 1], [2, 3], [4]]
+    seen.clear()
+    sd.sample(model, (5, 2), condition={"text": "a"}, steps=1, final="none", seed=0)
+    assert seen == [{"text": "a"}]
+
+
+def test_divergence_names_step_time_and_rows_also_across_chunks():
+    def network(x, t):
+        bad = (x[:, :1] > 0) & (t[:, None] < 0.5)
+        return torch.where(bad, torch.nan, x)
+
+    model = sd.ScoreModel(network, sd.VP())
+    times = torch.tensor([1.0, 0.6, 0.4, 0.2], dtype=F64)
+    x = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]])
+    with pytest.raises(sd.DivergenceError, match=r"step 2, t = 0\.2, rows 1, 3") as caught:
+        sd.sample(model, (4, 1), x_init=x, times=times, seed=0, final="none")
+    assert (caught.value.step, caught.value.time, caught.value.rows) == (2, 0.2, [1, 3])
+    with pytest.raises(sd.DivergenceError, match="rows 1") as caught:
+        sd.sample(model, (4, 1), x_init=x, times=times, seed=0, solver=sd.EulerMaruyama(), batch_size=2)
+    assert caught.value.rows == [1]
+    with pytest.raises(sd.DivergenceError, match="initial state"):
+        sd.sample(model, (1, 1), x_init=torch.tensor([[torch.nan]]), times=times, seed=0)
+
+
+def test_the_working_dtype_is_that_of_the_network_or_of_what_is_asked():
+    network = sd.networks.MLP((2,)).double()
+    assert sd.sample(sd.ScoreModel(network, sd.VP()), (2, 2), steps=2, seed=0).x.dtype == F64
+    assert sd.sample(scalar_target().model(sd.VP()), (2, 1), steps=2, seed=0).x.dtype == torch.float32
+    x = torch.zeros(2, 1, dtype=F64)
+    assert sd.sample(scalar_target().model(sd.VP()), (2, 1), x_init=x, steps=2, seed=0).x.dtype == F64
+
+
+def test_sampling_builds_no_graph():
+    network = sd.networks.MLP((2,))
+    assert not sd.sample(sd.ScoreModel(network, sd.VP()), (2, 2), steps=2, seed=0).x.requires_grad
+
+
+def test_a_solver_is_reusable_and_stateless():
+    model, solver = MIXTURE.model(sd.VP()), sd.TorchSDE("reversible_heun")
+    a = sd.sample(model, (3, 3), solver=solver, steps=5, seed=0).x
+    sd.sample(model, (9, 3), solver=solver, steps=3, seed=1)
+    assert torch.equal(sd.sample(model, (3, 3), solver=solver, steps=5, seed=0).x, a)
