@@ -29,6 +29,8 @@ from sdediff.likelihood import Hutchinson as Hutchinson
 from sdediff.likelihood import LogProb as LogProb
 from sdediff.likelihood import bits_per_dim as bits_per_dim
 from sdediff.likelihood import log_prob as log_prob
+from sdediff.linear import LinearSDE as LinearSDE
+from sdediff.linear import as_linear as as_linear
 from sdediff.model import ScoreModel as ScoreModel
 from sdediff.noise import BrownianPath as BrownianPath
 from sdediff.noise import Noise as Noise
@@ -48,8 +50,6 @@ from sdediff.sampling import Solution as Solution
 from sdediff.sampling import encode as encode
 from sdediff.sampling import sample as sample
 from sdediff.sde import SDE as SDE
-from sdediff.sde import LinearSDE as LinearSDE
-from sdediff.sde import as_linear as as_linear
 from sdediff.shapes import over as over
 from sdediff.solvers import Solver as Solver
 from sdediff.tables import DDIM as DDIM

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from sdediff import networks, processes
 from sdediff.errors import CheckpointError, OptionError
+from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
-from sdediff.sde import SDE, LinearSDE
+from sdediff.sde import SDE
 
 _FORMAT = "sdediff checkpoint 1"
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from sdediff.errors import OptionError, ShapeError
+from sdediff.linear import LinearSDE, as_linear
 from sdediff.model import ScoreModel
-from sdediff.sde import SDE, LinearSDE, as_linear, fresh_seed
+from sdediff.sde import SDE, fresh_seed
 from sdediff.shapes import PerRow, State, Time, as_time, check_state, over
 
 

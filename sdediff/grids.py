@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sdediff.errors import OptionError, TimeError
-from sdediff.sde import SDE, LinearSDE
+from sdediff.linear import LinearSDE
+from sdediff.sde import SDE
 from sdediff.shapes import Grid
 
 _END = 1e-3

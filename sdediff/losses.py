@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from sdediff.errors import OptionError, ShapeError
+from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
-from sdediff.sde import LinearSDE
 from sdediff.shapes import PerRow, State, as_float64, as_time, check_state, over, sum_rows
 
 _EDM_MEAN, _EDM_STD = -1.2, 1.2

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from sdediff.errors import CapabilityError, OptionError, SDEError, ShapeError
-from sdediff.sde import SDE, LinearSDE, as_linear
+from sdediff.linear import LinearSDE, as_linear
+from sdediff.sde import SDE
 from sdediff.shapes import State, Time, as_time, check_state, over, per_row
 
 Combination = tuple[Tensor, Tensor]

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from sdediff.errors import OptionError
-from sdediff.sde import LinearSDE
+from sdediff.linear import LinearSDE
 from sdediff.shapes import as_time
 
 

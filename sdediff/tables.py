@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from sdediff.errors import OptionError
+from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
 from sdediff.noise import NoiseStream
-from sdediff.sde import SDE, LinearSDE
+from sdediff.sde import SDE
 from sdediff.shapes import Grid, State
 from sdediff.solvers import Solver, Step, model_of
 

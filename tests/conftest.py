@@ -1,11 +1,9 @@
-"""Profiles of hypothesis, one thread per test process, and the code of the README as tests."""
+"""Profiles of hypothesis, and one thread for every test process."""
 
 import os
 
 import torch
 from hypothesis import HealthCheck, settings
-from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser
 
 torch.set_num_threads(1)
 

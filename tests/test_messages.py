@@ -716,7 +716,7 @@ GRID = [1.0, 0.75, 0.5, 0.25, 0.0]
     "solver", [sd.DDIM(), sd.Heun(), sd.EulerMaruyama(noise_level=0), sd.TorchSDE(noise_level=0.0)]
 )
 def test_a_network_that_fails_during_sampling_is_located_by_step_time_and_rows(solver, value, batch_size):
-    """Below t = 0.6: the step from 0.5 to 0.25, number 2, spoils the state; Heun's look ahead does so one step before."""
+    """Below t = 0.6 the step from 0.5 to 0.25, number 2, spoils the state; Heun looks ahead: a step earlier."""
     model = poisoned(0.6, (1, 4), value)
     with pytest.raises(DivergenceError) as caught:
         sd.sample(model, (6, 2), x_init=numbered(6), times=GRID, solver=solver, batch_size=batch_size, seed=0)

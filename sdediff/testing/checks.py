@@ -25,10 +25,11 @@ from sdediff.errors import CheckFailure
 from sdediff.exact import Gaussian
 from sdediff.grids import natural
 from sdediff.likelihood import log_prob
+from sdediff.linear import LinearSDE, as_linear
 from sdediff.noise import RowNoise
 from sdediff.reverse import Reverse
 from sdediff.sampling import encode, sample
-from sdediff.sde import SDE, LinearSDE, as_linear
+from sdediff.sde import SDE
 from sdediff.shapes import over
 
 Check = Callable[[SDE], None]

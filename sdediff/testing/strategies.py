@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdediff.exact import Gaussian
+from sdediff.linear import LinearSDE, as_linear
 from sdediff.processes import EDM, VE, VP, CosineVP, DiscreteVP, RectifiedFlow, SigmoidVP, SubVP
-from sdediff.sde import SDE, LinearSDE, as_linear
+from sdediff.sde import SDE
 from sdediff.shapes import Grid, State, over
 
 
