@@ -25,7 +25,7 @@ from sdediff.errors import CapabilityError, DivergenceError, OptionError
 from sdediff.noise import NoiseStream
 from sdediff.sde import SDE
 from sdediff.shapes import Grid, State, finite_or_raise, over
-from sdediff.solvers import Solver, Step, Tally, refuse_noise
+from sdediff.solvers import Solver, Step, Tally, refuse_noise, refuse_singular_start
 
 # Methods and their orders: of the solution for torchdiffeq, weak with additive noise for torchsde.
 _ADAPTIVE = {"dopri5": 5, "dopri8": 8, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}
@@ -85,7 +85,7 @@ class TorchDiffEq(Solver):
     method: str = "dopri5"
     rtol: float = 1e-5
     atol: float = 1e-5
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
     noise_level: float = field(default=0.0, init=False, repr=False)
 
     def __init__(self, method: str = "dopri5", rtol: float = 1e-5, atol: float = 1e-5, **options: Any) -> None:
@@ -208,7 +208,7 @@ class TorchSDE(Solver):
 
     method: str = "euler"
     noise_level: float = 1.0
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __init__(self, method: str = "euler", noise_level: float = 1.0, **options: Any) -> None:
         if method not in _SDE_METHODS:
@@ -230,6 +230,7 @@ class TorchSDE(Solver):
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
         from torchsde._core import base_sde, methods
 
+        refuse_singular_start(process, times, self)
         sign = 1.0 if times[-1] > times[0] else -1.0
         build = methods.select(method=self.method, sde_type="ito")
         flat = base_sde.ForwardSDE(_Flat(process, x, sign, build.sde_type))

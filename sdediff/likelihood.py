@@ -49,7 +49,7 @@ class Divergence(ABC):
     """A way to take the divergence of a vector field."""
 
     @abstractmethod
-    def probes(self, x: State, seed: int, first_row: int) -> Tensor:
+    def draw(self, x: State, seed: int, first_row: int) -> Tensor:
         """Probe vectors `(k, batch, *event)`, one row of which depends on the seed and its index only."""
 
     @abstractmethod
@@ -65,7 +65,7 @@ class Divergence(ABC):
 class Exact(Divergence):
     """The sum of the diagonal of the Jacobian, one vector-Jacobian product for every entry of an event."""
 
-    def probes(self, x: State, seed: int, first_row: int) -> Tensor:
+    def draw(self, x: State, seed: int, first_row: int) -> Tensor:
         size = x[0].numel()
         basis = torch.eye(size, dtype=x.dtype, device=x.device)
         return basis[:, None].expand(size, x.shape[0], size).reshape(size, *x.shape)
@@ -86,7 +86,7 @@ class Hutchinson(Divergence):
         distribution: "rademacher" (signs; exact for diagonal Jacobians) or "gaussian".
     """
 
-    probes_per_row: int
+    probes: int
     distribution: str
 
     def __init__(self, probes: int = 8, distribution: str = "rademacher") -> None:
@@ -94,19 +94,19 @@ class Hutchinson(Divergence):
             raise OptionError(f"Hutchinson needs at least one probe; got {probes}.")
         if distribution not in ("rademacher", "gaussian"):
             raise OptionError(f"Unknown distribution {distribution!r}: write 'rademacher' or 'gaussian'.")
-        object.__setattr__(self, "probes_per_row", probes)
+        object.__setattr__(self, "probes", probes)
         object.__setattr__(self, "distribution", distribution)
 
-    def probes(self, x: State, seed: int, first_row: int) -> Tensor:
-        draw = RowDraws(mix(seed, 3), first_row)
-        normal = torch.stack([draw(x) for _ in range(self.probes_per_row)])
+    def draw(self, x: State, seed: int, first_row: int) -> Tensor:
+        normals = RowDraws(mix(seed, 3), first_row)
+        normal = torch.stack([normals(x) for _ in range(self.probes)])
         return normal if self.distribution == "gaussian" else torch.where(normal < 0, -1.0, 1.0).to(x)
 
     def trace(self, products: Tensor, probes: Tensor) -> Tensor:
         return (products * probes).reshape(*probes.shape[:2], -1).sum(2).T
 
     def columns(self, x: State) -> int:
-        return self.probes_per_row
+        return self.probes
 
 
 def vector_jacobian(value: State, x: State, vectors: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ def log_prob(
         if condition is not None:
             bound = bound.given(rows_of(condition, rows, x.shape[0]))
         part = x[rows]
-        process = _WithLogDensity(bound, divergence, divergence.probes(part, seed, rows.start), event)
+        process = _WithLogDensity(bound, divergence, divergence.draw(part, seed, rows.start), event)
         state = torch.cat([_flat(part), part.new_zeros(len(part), divergence.columns(part))], dim=1)
         *_, state = solver.solve(process, state, grid, RowNoise(0).open(), tally)
         latent, integrals = state[:, :size].reshape(part.shape), state[:, size:]

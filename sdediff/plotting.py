@@ -107,7 +107,8 @@ def image_frames(
     chosen = {title: _frames(*_states(states, times), columns) for title, (states, times) in strips.items()}
     shown = min(rows, *(frames.shape[1] for frames, _ in chosen.values()))
     widths = [len(times) for _, times in chosen.values()]
-    figure = _figure(0.75 * sum(widths) + 0.4, 0.75 * shown + 0.9)
+    figure = _figure(0.75 * sum(widths) + 0.5 * len(chosen), 0.75 * shown + 0.8)
+    figure.set_layout_engine("constrained", wspace=0.05 if len(chosen) > 1 else 0.0)
     axes = figure.subplots(1, len(chosen), squeeze=False, gridspec_kw={"width_ratios": widths})[0]
     for ax, (title, (frames, times)) in zip(axes, chosen.items(), strict=True):
         tile = _montage(ax, frames[:, :shown].transpose(0, 1), interval)

@@ -24,7 +24,7 @@ from sdediff.errors import OptionError
 from sdediff.noise import NoiseStream
 from sdediff.sde import SDE
 from sdediff.shapes import Grid, State, over
-from sdediff.solvers import Solver, Step, euler_step, model_of, refuse_noise
+from sdediff.solvers import Solver, Step, euler_step, model_of, refuse_noise, refuse_singular_start
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class EulerMaruyama(Solver):
     noise_level: float = 1.0
 
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
+        refuse_singular_start(process, times, self)
         return lambda i, x: euler_step(process, x, times[i], times[i + 1], noise)
 
 

@@ -98,6 +98,19 @@ def refuse_noise(process: SDE, solver: Solver) -> None:
         )
 
 
+def refuse_singular_start(process: SDE, times: Grid, solver: Solver) -> None:
+    """Refuse a noisy reverse process that starts from pure noise, where alpha = 0 and g is infinite.
+
+    Raises:
+        CapabilityError: it does.
+    """
+    if isinstance(process, Reverse) and process.noisy and not process.diffusion(times[0], times[:1]).isfinite().all():
+        raise CapabilityError(
+            f"The diffusion of {process.sde} is infinite at t = {times[0]:g}, where alpha is 0, so {type(solver).__name__} "
+            "cannot start there: give times= that start below, or use DDPM() or DDIM(eta), which are exact there."
+        )
+
+
 def euler_step(process: SDE, x: State, t: Tensor, s: Tensor, noise: NoiseStream) -> State:
     """`x + f(t, x) (s - t) + g(t, x) (W(s) - W(t))`."""
     drift, diffusion = process.coefficients(t, x)

@@ -64,14 +64,14 @@ def test_the_divergence_is_the_trace_of_the_jacobian():
     value = (x.flatten(1).sin() @ matrix.T).reshape(x.shape)
     exact = (matrix.diagonal() * x.flatten(1).cos()).sum(1)
     for divergence in (sd.likelihood.Exact(), sd.Hutchinson(4000), sd.Hutchinson(4000, "gaussian")):
-        probes = divergence.probes(x.detach(), 7, 0)
+        probes = divergence.draw(x.detach(), 7, 0)
         estimates = divergence.trace(vector_jacobian(value, x, probes), probes)
         if estimates.shape[1] == 1:
             torch.testing.assert_close(estimates[:, 0], exact)
         else:
             error = estimates.std(1) / 4000**0.5
             assert ((estimates.mean(1) - exact).abs() < 5 * error).all()
-    assert torch.equal(sd.Hutchinson(3).probes(x.detach(), 7, 0).abs(), torch.ones(3, 4, 3, 2, 2, dtype=F64))
+    assert torch.equal(sd.Hutchinson(3).draw(x.detach(), 7, 0).abs(), torch.ones(3, 4, 3, 2, 2, dtype=F64))
 
 
 def test_networks_without_batched_backward_fall_back_to_a_loop():
@@ -87,7 +87,7 @@ def test_networks_without_batched_backward_fall_back_to_a_loop():
             return g * torch.from_numpy(x.detach().numpy()).cos() if float(g.sum()) == float(g.sum()) else g
 
     x = torch.randn(3, 4, dtype=F64, generator=GENERATOR).requires_grad_()
-    basis = sd.likelihood.Exact().probes(x.detach(), 0, 0)
+    basis = sd.likelihood.Exact().draw(x.detach(), 0, 0)
     products = vector_jacobian(Stubborn.apply(x), x, basis)
     torch.testing.assert_close(sd.likelihood.Exact().trace(products, basis)[:, 0], x.cos().sum(1))
 

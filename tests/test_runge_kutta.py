@@ -105,3 +105,12 @@ def test_options_are_checked():
     model = scalar_target().model(sd.VP())
     with pytest.raises(sd.CapabilityError, match="would drop the noise"):
         list(sd.Heun().solve(sd.Reverse(model, 1.0), torch.zeros(1, 1), torch.tensor([0.5, 0.4]), None))
+
+
+@pytest.mark.parametrize("solver", [sd.EulerMaruyama(), sd.TorchSDE("srk")], ids=name)
+def test_a_start_at_pure_noise_is_refused_where_the_diffusion_is_infinite(solver):
+    model = scalar_target().model(sd.RectifiedFlow(t_max=1.0))
+    with pytest.raises(sd.CapabilityError, match="infinite at t = 1, where alpha is 0"):
+        sd.sample(model, (2, 1), solver=solver, steps=4, seed=0)
+    assert sd.sample(model, (2, 1), solver=sd.DDPM(), steps=4, seed=0).x.isfinite().all()
+    assert sd.sample(model, (2, 1), solver=sd.EulerMaruyama(0.0), steps=4, seed=0).x.isfinite().all()
