@@ -135,11 +135,11 @@ class TorchDiffEq(Solver):
             )
         except AssertionError as error:
             raise DivergenceError(
-                f"{self.method} gave up after {tally.accepted} accepted and {tally.rejected} rejected steps: {error}. "
+                f"{self.method} gave up ({error}) after {tally.accepted} accepted and {tally.rejected} rejected steps",
                 "The drift may be discontinuous or the tolerance finer than the dtype: loosen rtol and atol, use "
                 "float64, or end at a later t_min.",
                 step=None,
-                time=float("nan"),
+                time=None,
                 rows=list(range(x.shape[0])),
             ) from error
         yield from path[1:]

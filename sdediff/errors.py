@@ -38,16 +38,28 @@ class DivergenceError(SdediffError, ArithmeticError):
     """A numerical solution stopped being finite.
 
     Attributes:
+        problem: what went wrong.
+        advice: what to do about it.
         step: index of the step that produced the first bad value (None where a solver has no grid).
-        time: time at which it happened.
+        time: time at which it happened (None where it has none).
         rows: indices of the batch rows concerned.
     """
 
-    def __init__(self, message: str, *, step: int | None, time: float, rows: list[int]) -> None:
-        super().__init__(message)
+    def __init__(self, problem: str, advice: str, *, step: int | None, time: float | None, rows: list[int]) -> None:
+        places = [] if step is None else [f"step {step}"]
+        places += [] if time is None else [f"t = {time:g}"]
+        places += ["rows " + ", ".join(map(str, rows[:8])) + (f", ... ({len(rows)} in all)" if len(rows) > 8 else "")]
+        super().__init__(f"{problem} at {', '.join(places)}. {advice}")
+        self.problem = problem
+        self.advice = advice
         self.step = step
         self.time = time
         self.rows = rows
+
+    def shifted(self, first_row: int) -> DivergenceError:
+        """The same in a batch of which these rows start at `first_row`."""
+        rows = [first_row + row for row in self.rows]
+        return DivergenceError(self.problem, self.advice, step=self.step, time=self.time, rows=rows)
 
 
 class CheckpointError(SdediffError, OSError):

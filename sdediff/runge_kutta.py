@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from sdediff.errors import OptionError
+from sdediff.errors import CapabilityError, OptionError
 from sdediff.noise import NoiseStream
 from sdediff.sde import SDE
 from sdediff.shapes import Grid, State, over
@@ -59,6 +59,8 @@ class Heun(Solver):
         refuse_noise(process, self)
         starts, scales, jitters = times[:-1], None, None
         if self.churn:
+            if times[-1] > times[0]:
+                raise CapabilityError("Heun's churn adds noise on the way from noise to data; use Heun() to encode.")
             sde = model_of(process, self).linear
             gamma = min(self.churn / len(starts), math.sqrt(2) - 1)
             noisier = (sde.log_snr(starts) - 2 * math.log1p(gamma)).clamp(min=sde.log_snr(sde.t_max).item())

@@ -74,7 +74,6 @@ class _Run:
     solver: Solver
     process: Reverse
     times: Grid
-    noise: Noise
     keep: bool
     bar: tqdm[Any] | None
     counter: _Counter
@@ -133,14 +132,14 @@ def _solve(run: _Run, x: State, stream: NoiseStream, tally: Tally) -> tuple[Stat
     return x, torch.stack(path) if run.keep else None
 
 
-def _explain(run: _Run, x: State, final: State, first_row: int, restart: Callable[[], NoiseStream]) -> None:
+def _explain(run: _Run, x: State, final: State, restart: Callable[[], NoiseStream]) -> None:
     """Replay a solve that went wrong, step by step, to say where; costs nothing when nothing is wrong."""
     if bool(final.isfinite().all()):
         return
-    finite_or_raise(x, "The initial state", step=None, time=run.times[0].item(), first_row=first_row)
+    finite_or_raise(x, "The initial state", step=None, time=run.times[0].item())
     for i, state in enumerate(run.solver.solve(run.process, x, run.times, restart())):
-        finite_or_raise(state, "The state", step=i, time=run.times[i + 1].item(), first_row=first_row)
-    finite_or_raise(final, "The result", step=None, time=run.times[-1].item(), first_row=first_row)
+        finite_or_raise(state, "The state", step=i, time=run.times[i + 1].item())
+    finite_or_raise(final, "The result", step=None, time=run.times[-1].item())
 
 
 def sample(
@@ -300,7 +299,7 @@ def _run(
             bound, counter = counted(model)
             if condition is not None:
                 bound = bound.given(rows_of(condition, rows, batch))
-            run = _Run(solver, solver.process(bound), grid, noise, keep, bar if progress else None, counter)
+            run = _Run(solver, solver.process(bound), grid, keep, bar if progress else None, counter)
             stream = noise.open(rows.start)
             start = begin(rows, stream)
 
@@ -312,12 +311,10 @@ def _run(
             try:
                 x, path = _solve(run, start, stream, tally)
                 x = end(bound, x)
+                nfe = max(nfe, counter.calls)
+                _explain(run, start, x, restart)
             except DivergenceError as error:
-                raise DivergenceError(
-                    str(error), step=error.step, time=error.time, rows=[rows.start + row for row in error.rows]
-                ) from error
-            nfe = max(nfe, counter.calls)
-            _explain(run, start, x, rows.start, restart)
+                raise error.shifted(rows.start) from error
             outputs.append(x)
             if path is not None:
                 paths.append(path)

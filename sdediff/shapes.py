@@ -98,7 +98,7 @@ def check_state(x: object, name: str = "x") -> None:
         )
 
 
-def finite_or_raise(x: Tensor, what: str, *, step: int | None, time: float, first_row: int = 0) -> None:
+def finite_or_raise(x: State, what: str, *, step: int | None, time: float) -> None:
     """Refuse a state with NaN or infinite entries.
 
     Raises:
@@ -106,12 +106,10 @@ def finite_or_raise(x: Tensor, what: str, *, step: int | None, time: float, firs
     """
     fine = x.isfinite().reshape(x.shape[0], -1).all(1)
     if not bool(fine.all()):
-        rows = [first_row + row for row in (~fine).nonzero()[:, 0].tolist()]
-        at = f"step {step}, t = {time:g}" if step is not None else f"t = {time:g}"
-        shown = ", ".join(map(str, rows[:8])) + (f", ... ({len(rows)} in all)" if len(rows) > 8 else "")
         raise DivergenceError(
-            f"{what} is NaN or infinite at {at}, rows {shown}. Check the network's output there, or take more steps.",
+            f"{what} is NaN or infinite",
+            "Check the network's output there, or take more steps.",
             step=step,
             time=time,
-            rows=rows,
+            rows=(~fine).nonzero()[:, 0].tolist(),
         )

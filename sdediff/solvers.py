@@ -106,7 +106,7 @@ def refuse_singular_start(process: SDE, times: Grid, solver: Solver) -> None:
     """
     if isinstance(process, Reverse) and process.noisy and not process.diffusion(times[0], times[:1]).isfinite().all():
         raise CapabilityError(
-            f"The diffusion of {process.sde} is infinite at t = {times[0]:g}, where alpha is 0, so {type(solver).__name__} "
+            f"The diffusion of {process.sde} is infinite at t = {times[0]:g}, where alpha is 0. {solver} "
             "cannot start there: give times= that start below, or use DDPM() or DDIM(eta), which are exact there."
         )
 

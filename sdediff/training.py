@@ -147,10 +147,12 @@ def fit(
             if not torch.isfinite(values).all():
                 rows = (~values.isfinite()).nonzero()[:, 0].tolist()
                 raise DivergenceError(
-                    f"The training loss is NaN or infinite at step {k}, rows {rows[:8]} of the batch. Lower lr, clip "
-                    "the gradient, or raise the t_min of the SDE.",
-                    step=k, time=float("nan"), rows=rows,
-                )  # fmt: skip
+                    "The training loss is NaN or infinite",
+                    "(Rows of the batch.) Lower lr, clip the gradient, or raise the t_min of the SDE.",
+                    step=k,
+                    time=None,
+                    rows=rows,
+                )
             adapt.step()
             _average(averaged, network, ema, k)
             bar.update()

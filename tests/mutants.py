@@ -166,7 +166,7 @@ MUTANTS = [
         ("bound.denoised(grid[-1], x)", "bound.denoised(grid[0], x)"),
         ("stream = noise.open(rows.start)", "stream = noise.open(0)"),
         ("falling if direction < 0 else falling.flip(0)", "falling"),
-        ("rows=[rows.start + row for row in error.rows]", "rows=error.rows"),
+        ("raise error.shifted(rows.start) from error", "raise"),
         ("nfe = max(nfe, counter.calls)", "nfe += counter.calls"),
     ),
     *_of(

@@ -27,7 +27,7 @@ def test_the_drift_is_f_minus_half_one_plus_lambda_squared_g_squared_score(sde, 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0, 1.5])
 @pytest.mark.parametrize("sde", [*NAMED, TwoFunctions()], ids=name)
 def test_the_fokker_planck_equation_holds_for_every_noise_level(sde, level):
-    """V = alpha^2 S + sigma^2 has dV/dt = 2 J V - lambda^2 g^2 (time falls: noise has a minus), and the mean its ODE."""
+    """V = alpha^2 S + sigma^2: dV/dt = 2 J V - lambda^2 g^2 (time falls: noise has a minus); the mean has its ODE."""
     linear = sd.as_linear(sde)
     mean, variance = 0.7, 0.3
     process = sd.Reverse(sd.exact.Gaussian(torch.tensor([mean], dtype=F64), variance).model(sde), level)

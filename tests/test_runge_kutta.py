@@ -114,3 +114,8 @@ def test_a_start_at_pure_noise_is_refused_where_the_diffusion_is_infinite(solver
         sd.sample(model, (2, 1), solver=solver, steps=4, seed=0)
     assert sd.sample(model, (2, 1), solver=sd.DDPM(), steps=4, seed=0).x.isfinite().all()
     assert sd.sample(model, (2, 1), solver=sd.EulerMaruyama(0.0), steps=4, seed=0).x.isfinite().all()
+
+
+def test_churn_does_not_encode():
+    with pytest.raises(sd.CapabilityError, match=r"use Heun\(\) to encode"):
+        sd.encode(scalar_target().model(sd.VP()), torch.zeros(1, 1), solver=sd.Heun(churn=5.0))
