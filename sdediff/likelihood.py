@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from sdediff.adapters import TorchDiffEq
-from sdediff.errors import CapabilityError, OptionError, ShapeError
+from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError
 from sdediff.model import ScoreModel
 from sdediff.noise import RowDraws, RowNoise, mix
-from sdediff.sampling import check_arguments, chunks_of, counted, grid_for, rows_of
+from sdediff.sampling import check_arguments, chunks_of, counted, explain, grid_for, rows_of
 from sdediff.sde import SDE, fresh_seed
 from sdediff.shapes import PerRow, State, check_state, sum_rows
 from sdediff.solvers import Solver, Tally
@@ -237,13 +237,18 @@ def log_prob(
             bound = bound.given(rows_of(condition, rows, x.shape[0]))
         part = x[rows]
         process = _WithLogDensity(bound, divergence, divergence.draw(part, seed, rows.start), event)
-        state = torch.cat([_flat(part), part.new_zeros(len(part), divergence.columns(part))], dim=1)
-        *_, state = solver.solve(process, state, grid, RowNoise(0).open(), tally)
+        start = torch.cat([_flat(part), part.new_zeros(len(part), divergence.columns(part))], dim=1)
+        silent = RowNoise(0).open
+        try:
+            *_, state = solver.solve(process, start, grid, silent(), tally)
+            nfe = max(nfe, counter.calls)
+            explain(solver, process, start, state, grid, silent)
+        except DivergenceError as error:
+            raise error.shifted(rows.start) from error
         latent, integrals = state[:, :size].reshape(part.shape), state[:, size:]
         values.append(terminal.log_prob(latent.cpu()).to(latent) + integrals.mean(1))
         errors.append(_standard_error(integrals, divergence))
         latents.append(latent)
-        nfe = max(nfe, counter.calls)
     return LogProb(
         value=torch.cat(values),
         stderr=torch.cat(errors),
@@ -330,6 +335,11 @@ def bits_per_dim(
     if codes.min() < 0 or codes.max() >= levels:
         raise OptionError(f"codes must lie in 0..{levels - 1}; got {codes.min().item()}..{codes.max().item()}.")
     low, high = interval
+    if samples < 1 or not low < high:
+        raise OptionError(
+            f"bits_per_dim needs samples >= 1 and an interval (low, high) with low < high; got samples = {samples} and "
+            f"interval = {interval}."
+        )
     width = (high - low) / levels
     seed = fresh_seed() if seed is None else seed
     size = math.prod(codes.shape[1:])

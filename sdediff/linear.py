@@ -168,7 +168,10 @@ class LinearSDE(SDE):
     def _snr_ratio(self, s: Time, t: Time) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         early, late = as_time(s), as_time(t)
         if not bool((early <= late).all()):
-            raise TimeError("transition(s, t) and posterior(s, t, ...) run from data to noise and need s <= t.")
+            raise TimeError(
+                "transition(s, t) and posterior(s, t, ...) run from data to noise and need s <= t; got "
+                f"s = {early.max():g} and t = {late.min():g}."
+            )
         alpha_s, sigma_s = self._scales(early)
         alpha_t, sigma_t = self._scales(late)
         gap = 2 * ((alpha_t.log() - sigma_t.log()) - (alpha_s.log() - sigma_s.log()))
@@ -261,7 +264,7 @@ class LinearSDE(SDE):
         with torch.no_grad():
             alpha, sigma = self._scales(times)
         for name, values in (("alpha", alpha), ("sigma", sigma)):
-            fine = values > 0
+            fine = (values > 0) & values.isfinite()
             if name == "alpha":
                 fine[-1] |= values[-1] == 0  # pure noise at t_max is allowed
             if name == "sigma" and self.t_min == 0:

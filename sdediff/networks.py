@@ -83,6 +83,10 @@ class MLP(nn.Module):
         if condition is not None:
             if self.label is None:
                 raise ShapeError("This MLP has no condition: build it with MLP(..., classes=...).")
+            if condition.shape != x.shape[:1]:
+                raise ShapeError(
+                    f"This MLP takes one label a row as its condition, shape ({len(x)},); got {tuple(condition.shape)}."
+                )
             time = time + self.label(condition)
         h = self.read(x.flatten(1))
         for block in self.blocks:

@@ -21,7 +21,7 @@ from sdediff.grids import natural
 from sdediff.model import ScoreModel
 from sdediff.noise import Noise, NoiseStream, RowNoise
 from sdediff.reverse import Reverse
-from sdediff.sde import check_grid, fresh_seed
+from sdediff.sde import SDE, check_grid, fresh_seed
 from sdediff.shapes import Grid, State, Trajectory, as_time, check_state, finite_or_raise
 from sdediff.solvers import Solver, Tally
 from sdediff.tables import DDIM
@@ -132,14 +132,16 @@ def _solve(run: _Run, x: State, stream: NoiseStream, tally: Tally) -> tuple[Stat
     return x, torch.stack(path) if run.keep else None
 
 
-def _explain(run: _Run, x: State, final: State, restart: Callable[[], NoiseStream]) -> None:
+def explain(
+    solver: Solver, process: SDE, x: State, final: State, times: Grid, restart: Callable[[], NoiseStream]
+) -> None:
     """Replay a solve that went wrong, step by step, to say where; costs nothing when nothing is wrong."""
     if bool(final.isfinite().all()):
         return
-    finite_or_raise(x, "The initial state", step=None, time=run.times[0].item())
-    for i, state in enumerate(run.solver.solve(run.process, x, run.times, restart())):
-        finite_or_raise(state, "The state", step=i, time=run.times[i + 1].item())
-    finite_or_raise(final, "The result", step=None, time=run.times[-1].item())
+    finite_or_raise(x, "The initial state", step=None, time=times[0].item())
+    for i, state in enumerate(solver.solve(process, x, times, restart())):
+        finite_or_raise(state, "The state", step=i, time=times[i + 1].item())
+    finite_or_raise(final, "The result", step=None, time=times[-1].item())
 
 
 def sample(
@@ -189,9 +191,9 @@ def sample(
     check_arguments(model, solver)
     if final not in ("denoise", "none"):
         raise OptionError(f"Unknown final {final!r}: write 'denoise' or 'none'.")
-    shape = tuple(shape)
-    if not shape or any(not isinstance(n, int) or n < 1 for n in shape):
+    if not isinstance(shape, Sequence) or not shape or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ShapeError(f"shape must be (batch, *event) with positive whole numbers; got {shape}.")
+    shape = tuple(shape)
     grid = grid_for(model, solver, steps, times, t_min, direction=-1)
     if x_init is not None:
         check_state(x_init, "x_init")
@@ -312,7 +314,7 @@ def _run(
                 x, path = _solve(run, start, stream, tally)
                 x = end(bound, x)
                 nfe = max(nfe, counter.calls)
-                _explain(run, start, x, restart)
+                explain(solver, run.process, start, x, grid, restart)
             except DivergenceError as error:
                 raise error.shifted(rows.start) from error
             outputs.append(x)

@@ -129,7 +129,7 @@ class DDPM(TableSolver):
         if self.variance not in ("posterior", "beta"):
             raise OptionError(f"Unknown variance {self.variance!r} for DDPM: write 'posterior' or 'beta'.")
         if self.noise_level != 1:
-            raise OptionError("DDPM is the process of noise level 1; for other levels use DDIM(eta=...).")
+            raise OptionError(f"DDPM has noise level 1; got {self.noise_level}. For other levels use DDIM(eta=...).")
 
     def table(self, model: ScoreModel, times: Grid) -> Table:
         kept, added = _ddim_noise(model, times, 1.0)

@@ -100,6 +100,11 @@ def fit(
     network = model.network
     if not isinstance(network, nn.Module):
         raise OptionError(f"fit trains a network that is a torch.nn.Module; got {type(network).__name__}.")
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    if not parameters:
+        raise OptionError(f"The network, a {type(network).__name__}, has no parameters to train.")
+    if clip is not None and not clip > 0:
+        raise OptionError(f"clip is the largest norm of the gradient, a number > 0 or None; got {clip}.")
     if steps < 1 or batch_size < 1 or not 0 <= ema < 1 or checkpoint_every < 1:
         raise OptionError(
             f"fit needs steps, batch_size, checkpoint_every >= 1 and 0 <= ema < 1; got steps = {steps}, "
@@ -108,11 +113,12 @@ def fit(
     if weighting not in WEIGHTINGS:
         raise OptionError(f"Unknown weighting {weighting!r}: write one of {', '.join(map(repr, WEIGHTINGS))}.")
     items = _dataset(data, condition)
+    if len(items) == 0:
+        raise OptionError("data has 0 rows; there is nothing to learn from.")
     if device is not None:
         network.to(device)
     home = next(network.parameters()).device
     averaged = AveragedModel(network, multi_avg_fn=_ema(ema), use_buffers=True)
-    parameters = [p for p in network.parameters() if p.requires_grad]
     adapt = torch.optim.Adam(parameters, lr=lr) if optimizer is None else optimizer(parameters)
     peaks = [group["lr"] for group in adapt.param_groups]
     losses: list[float] = []
@@ -185,6 +191,9 @@ def _average(averaged: AveragedModel, network: nn.Module, ema: float, k: int) ->
     """Move the average; early on by a decay that grows, so that the random start is forgotten soon."""
     averaged.multi_avg_fn = _ema(min(ema, (1 + k) / (10 + k)))
     averaged.update_parameters(network)
+    for kept, current in zip(averaged.module.buffers(), network.buffers(), strict=True):
+        if not current.is_floating_point():  # counts and tables have no average
+            kept.copy_(current)
 
 
 class _Order:
@@ -212,7 +221,8 @@ def _dataset(data: Tensor | Dataset[Any], condition: Tensor | None) -> Any:
         if condition is None:
             return TensorDataset(data)
         if condition.shape[:1] != data.shape[:1]:
-            raise ShapeError(f"condition must have one entry for each of the {len(data)} rows; got {len(condition)}.")
+            given = len(condition) if condition.ndim else "a single number"
+            raise ShapeError(f"condition must have one entry for each of the {len(data)} rows; got {given}.")
         return TensorDataset(data, condition)
     if condition is not None:
         raise OptionError("With a dataset, put the condition into its items: (event, condition).")

@@ -257,13 +257,29 @@ def test_an_interrupted_write_leaves_the_old_checkpoint_whole(tmp_path, monkeypa
     assert torch.equal(outputs(sd.load(folder)), outputs(new))
 
 
-def test_a_write_that_fails_half_way_touches_no_old_file(tmp_path, monkeypatch):
-    write_json(tmp_path / "a.json", {"old": 1})
+@pytest.mark.parametrize(
+    ("write", "read", "old", "new"),
+    [
+        (write_json, read_json, {"old": 1}, {"new": 2}),
+        (write_tensors, read_tensors, {"old": torch.ones(2)}, {"new": torch.zeros(3)}),
+    ],
+)
+def test_a_file_is_written_beside_and_put_in_place_at_the_end(tmp_path, monkeypatch, write, read, old, new):
+    file = tmp_path / "file"
+    write(file, old)
+    before = file.read_bytes()
+
+    def failing(*paths):
+        raise Interrupted
+
     with monkeypatch.context() as patch:
-        patch.setattr(json, "dumps", lambda *a, **k: (_ for _ in ()).throw(Interrupted()))
+        patch.setattr(os, "replace", failing)
         with pytest.raises(Interrupted):
-            write_json(tmp_path / "a.json", {"new": 2})
-    assert read_json(tmp_path / "a.json") == {"old": 1}
+            write(file, new)
+    assert file.read_bytes() == before
+    write(file, new)
+    assert read(file).keys() == new.keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left beside it"
 
 
 # Damage

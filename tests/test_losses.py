@@ -213,7 +213,7 @@ def test_each_low_discrepancy_number_is_uniform():
 
 
 @pytest.mark.parametrize("weighting", ["simple", "noise", "likelihood", "snr", "min_snr"])
-@pytest.mark.parametrize("sde", [sd.VP(), sd.VE(), sd.RectifiedFlow(), sd.EDM()])
+@pytest.mark.parametrize("sde", [sd.VP(t_min=0.4), sd.VE(), sd.RectifiedFlow(), sd.EDM(sigma_min=9.0)])
 def test_drawn_times_are_even_over_the_span(weighting, sde):
     spy, n = _Spy(), 64
     model = ScoreModel(spy, sde)

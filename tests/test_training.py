@@ -275,11 +275,11 @@ def test_a_run_without_a_seed_follows_torch_s_global_one_and_a_seeded_run_leaves
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_two_steps_of_a_run_do_not_repeat_their_noise():
+def test_two_steps_of_a_run_do_not_repeat_their_times_and_noise():
     """With one row of data and a rate of zero, only times and noise distinguish the losses."""
-    recorder, trained = recorded(lr=0.0, steps=30)
+    model = sd.ScoreModel(Scale(), SDE)
+    trained = quick(model, torch.ones(1, 2, dtype=F64), steps=30, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     assert len(trained.losses.unique()) == 30
-    assert len(recorder.gradients) == 30
 
 
 # Data
@@ -554,7 +554,7 @@ def test_the_device_asked_for_is_where_it_trains():
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows():
     rows = data(8)
     rows[3, 1] = float("nan")
-    with pytest.raises(sd.DivergenceError, match=r"step 0, rows \[\d\] of the batch.*lr") as caught:
+    with pytest.raises(sd.DivergenceError, match=r"step 0, rows \d.*lr") as caught:
         quick(small(), rows)
     assert caught.value.step == 0
     assert len(caught.value.rows) == 1
