@@ -1,13 +1,15 @@
 r"""Checkpoints: safetensors for numbers, JSON for the rest, never pickle.
 
-A checkpoint is a folder. `model.json` says what the model is; `network.safetensors` holds its weights; a training
-checkpoint adds `training.safetensors` and `training.json`. Files are written beside and then renamed, so that an
-interrupted write leaves the old checkpoint whole. Nothing in a checkpoint is code: a network is rebuilt only if it is
+A checkpoint is a folder. `model.json` says what the model is and names the file of its weights,
+`network-<digest>.safetensors`; a training checkpoint adds `training.json` and `training-<step>.safetensors`. Files are
+written beside and then renamed, the JSON file that names the others last, so that an interrupted write leaves the old
+checkpoint whole. Nothing in a checkpoint is code: a network is rebuilt only if it is
 one of this library's, and any other is passed in by the caller.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from sdediff import networks, processes
@@ -112,12 +115,12 @@ def _describe_network(network: nn.Module) -> dict[str, Any] | None:
 def _rebuild(module: Any, what: str, described: Any, path: Path, base: type) -> Any:
     kind = described.get("kind") if isinstance(described, dict) else None
     build = getattr(module, kind, None) if isinstance(kind, str) else None
-    if not (isinstance(build, type) and issubclass(build, base)):
+    if not (isinstance(build, type) and issubclass(build, base) and build.__module__ == module.__name__):
         raise CheckpointError(f"{path} names the {what} {kind!r}, which this version of sdediff does not have.")
     arguments = described.get("arguments", described.get("config", {}))
     try:
         return build(**arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged: the {what} {kind} cannot be built ({error}).") from error
 
 
@@ -133,11 +136,14 @@ def save(model: ScoreModel, path: str | Path) -> None:
             f"Only a model whose network is a torch.nn.Module can be saved; got {type(model.network).__name__}."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "network.safetensors", model.network.state_dict())
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.network.state_dict().items()}
+    weights = f"network-{hashlib.sha256(to_bytes(tensors)).hexdigest()[:12]}.safetensors"
+    write_tensors(folder / weights, tensors)
     write_json(
         folder / "model.json",
         {
             "format": _FORMAT,
+            "weights": weights,
             "prediction": model.prediction,
             "sigma_data": model.sigma_data,
             "own_time": model.time is not None,
@@ -145,6 +151,9 @@ def save(model: ScoreModel, path: str | Path) -> None:
             "network": _describe_network(model.network),
         },
     )
+    for old in folder.glob("network-*.safetensors"):
+        if old.name != weights:
+            old.unlink()
 
 
 def load(path: str | Path, *, network: nn.Module | None = None, sde: SDE | None = None, time: Any = None) -> ScoreModel:
@@ -173,7 +182,10 @@ def load(path: str | Path, *, network: nn.Module | None = None, sde: SDE | None 
         raise CheckpointError(f"{folder} was saved with a time function of your own: pass load(path, time=...).")
     process = sde if sde is not None else _rebuild(processes, "SDE", content["sde"], file, LinearSDE)
     built = network if network is not None else _rebuild(networks, "network", content["network"], file, nn.Module)
-    load_weights(built, read_tensors(folder / "network.safetensors"), folder / "network.safetensors")
+    weights = content.get("weights")
+    if not isinstance(weights, str) or Path(weights).name != weights:
+        raise CheckpointError(f"{file} is damaged: it names no file of weights.")
+    load_weights(built, read_tensors(folder / weights), folder / weights)
     try:
         return ScoreModel(built, process, content["prediction"], time, content["sigma_data"])
     except (KeyError, TypeError, OptionError) as error:
@@ -189,10 +201,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """The inverse of `optimizer_tensors`.
+
+    Raises:
+        CheckpointError: the tensors are not those of this optimizer.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (KeyError, ValueError, RuntimeError) as error:
+        kind = type(optimizer).__name__
+        raise CheckpointError(f"{path} does not hold the state of this optimizer, {kind} ({error}).") from error

@@ -219,6 +219,9 @@ def run(
 ) -> DemoResult:
     """Train, sample, evaluate, and write figures, report and model into the folder `out`.
 
+    It computes in one thread (and gives torch its own number back afterwards): the numbers are then the same for any
+    number of cores, and a machine that is busy with other things does not stall it.
+
     Args:
         out: the folder, made if it is not there; files of an earlier run are overwritten.
         say: where lines about the progress go.
@@ -234,6 +237,15 @@ def run(
     optional_import("matplotlib.figure", "demo")
     optional_import("diffusers", "demo")
     folder.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _run(folder, settings, say, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None], progress: bool) -> DemoResult:
     seconds: dict[str, float] = {}
 
     @contextmanager

@@ -262,7 +262,7 @@ def log_prob(
             "divergence": repr(divergence),
             "t_min": grid[0].item(),
             "t_max": grid[-1].item(),
-            "seed": seed,
+            "seed": None if isinstance(divergence, Exact) else seed,
         },
     )
 

@@ -225,10 +225,6 @@ class LinearSDE(SDE):
     def diffusion(self, t: Tensor, x: State) -> Tensor:
         return as_float64(self.rates(as_time(t))[1])
 
-    def coefficients(self, t: Tensor, x: State) -> tuple[State, Tensor]:
-        drift_rate, diffusion = self.rates(as_time(t))
-        return over(as_float64(drift_rate), x) * x, as_float64(diffusion)
-
     def advance(self, s: Tensor, t: Tensor, x: State, normal: State) -> State:
         scale, std = self.transition(s, t)
         return over(scale, x) * x + over(std, x) * normal

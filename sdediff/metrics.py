@@ -22,7 +22,7 @@ def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             "Two sets of at least two samples of one event shape are needed; "
             f"got {tuple(a.shape)} and {tuple(b.shape)}."
         )
-    return a.flatten(1).double(), b.flatten(1).double()
+    return a.reshape(len(a), -1).double(), b.reshape(len(b), -1).double()
 
 
 def energy_distance(a: Float[Tensor, " m *event"], b: Float[Tensor, " n *event"]) -> float:

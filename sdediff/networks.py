@@ -88,7 +88,7 @@ class MLP(nn.Module):
                     f"This MLP takes one label a row as its condition, shape ({len(x)},); got {tuple(condition.shape)}."
                 )
             time = time + self.label(condition)
-        h = self.read(x.flatten(1))
+        h = self.read(x.reshape(len(x), -1))
         for block in self.blocks:
             h = block(h, time)
         return self.write(nn.functional.silu(h)).reshape(x.shape)

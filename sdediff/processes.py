@@ -179,8 +179,9 @@ class CosineVP(LinearSDE):
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         quarter = math.pi / 2 / (1 + self.offset)
         start, turned = quarter * self.offset, quarter * as_time(t)
+        # cos(start + turned) = sin(quarter (1 - t)), which is 0 at t = 1 without rounding, and
         # cos^2(start) - cos^2(start + turned) = sin(turned) sin(2 start + turned)
-        alpha = (turned + start).cos() / math.cos(start)
+        alpha = (quarter * (1 - as_time(t))).sin() / math.cos(start)
         return alpha, (turned.sin() * (turned + 2 * start).sin()).sqrt() / math.cos(start)
 
     def _time_of(self, log_snr: Tensor) -> Tensor:

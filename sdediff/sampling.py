@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from sdediff.adapters import TorchDiffEq
 from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError
@@ -25,6 +25,8 @@ from sdediff.sde import SDE, check_grid, fresh_seed
 from sdediff.shapes import Grid, State, Trajectory, as_time, check_state, finite_or_raise
 from sdediff.solvers import Solver, Tally
 from sdediff.tables import DDIM
+
+__all__ = ["Solution", "encode", "sample"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +241,7 @@ def encode(
         x: data `(batch, *event)`.
         solver: a deterministic one; TorchDiffEq() if None.
         times: a grid, strictly increasing, in place of steps and t_min.
-        The rest as in `sample`.
+        steps, t_min, condition, batch_size, trajectory, progress: as in `sample`.
 
     Raises:
         CapabilityError: the solver is noisy, so that there is no path to follow back.

@@ -108,7 +108,7 @@ def finite_or_raise(x: State, what: str, *, step: int | None, time: float) -> No
     if not bool(fine.all()):
         raise DivergenceError(
             f"{what} is NaN or infinite",
-            "Check the network's output there, or take more steps.",
+            "Check the network's output and the drift of the SDE there, or take more steps.",
             step=step,
             time=time,
             rows=(~fine).nonzero()[:, 0].tolist(),

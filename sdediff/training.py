@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset, TensorDataset, default_collate
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from sdediff.checkpoints import (
     load,
@@ -124,7 +124,8 @@ def fit(
     losses: list[float] = []
     settings = {
         "batch_size": batch_size, "lr": lr, "weighting": weighting, "ema": ema, "clip": clip, "warmup": warmup,
-        "decay": decay, "prediction": model.prediction, "sde": repr(model.sde), "rows": len(items),
+        "decay": decay, "prediction": model.prediction, "sigma_data": model.sigma_data, "sde": repr(model.sde),
+        "rows": len(items), "optimizer": type(adapt).__name__,
     }  # fmt: skip
     if decay:
         settings["steps"] = steps
@@ -261,7 +262,8 @@ def _write(
     tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
     tensors["n_averaged"] = averaged.n_averaged
     write_tensors(folder / f"training-{len(losses)}.safetensors", tensors)
-    write_json(folder / "training.json", {"step": len(losses), "seed": seed, "settings": settings})
+    record = {"step": len(losses), "seed": seed, "settings": settings, "tensors": sorted(tensors)}
+    write_json(folder / "training.json", record)
     for old in folder.glob("training-*.safetensors"):
         if old.name != f"training-{len(losses)}.safetensors":
             old.unlink()
@@ -277,8 +279,9 @@ def _resume(
 ) -> tuple[int, list[float]]:
     state = read_json(folder / "training.json")
     found = state.get("settings")
-    if not isinstance(found, dict) or not isinstance(state.get("step"), int) or not isinstance(state.get("seed"), int):
-        raise CheckpointError(f"{folder / 'training.json'} is damaged: it lacks settings, step or seed.")
+    kinds = {"settings": dict, "step": int, "seed": int, "tensors": list}
+    if not isinstance(found, dict) or any(not isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise CheckpointError(f"{folder / 'training.json'} is damaged: it lacks {', '.join(kinds)}.")
     changed = {name: (found.get(name), value) for name, value in settings.items() if found.get(name) != value}
     if seed is not None and seed != state["seed"]:
         changed["seed"] = (state["seed"], seed)
@@ -291,8 +294,11 @@ def _resume(
     def part(prefix: str) -> dict[str, Tensor]:
         return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
+    missing = sorted(set(state["tensors"]) - set(tensors))
+    if missing:
+        raise CheckpointError(f"{file} is damaged: it lacks {', '.join(missing[:4])}.")
     load_weights(network, part("raw."), file)
     load_weights(averaged.module, part("averaged."), file)
     averaged.n_averaged.copy_(tensors["n_averaged"])
-    restore_optimizer(adapt, part("optimizer."))
+    restore_optimizer(adapt, part("optimizer."), file)
     return state["seed"], tensors["losses"].tolist()

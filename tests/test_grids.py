@@ -41,12 +41,15 @@ def test_karras_is_the_published_formula():
     torch.testing.assert_close(sd.grids.karras(sde, n, rho), (high + i * (low - high)) ** rho, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("sde", [sd.RectifiedFlow(t_max=1.0), sd.CosineVP(t_max=1.0)], ids=name)
 @pytest.mark.parametrize("grid", GRIDS)
-def test_infinite_ends_are_stepped_to(grid):
-    flow = sd.RectifiedFlow(t_max=1.0)
-    times = grid(flow, 8, t_min=0.0)
+def test_infinite_ends_are_stepped_to(grid, sde):
+    assert sde.alpha(1.0) == sde.sigma(0.0) == 0
+    times = grid(sde, 8, t_min=0.0)
     assert (times[0], times[-1]) == (1, 0)
     assert (times.diff() < 0).all()
+    assert sde.log_snr(times[1]) > -20
+    assert sde.log_snr(times[-2]) < 20
 
 
 def test_a_general_sde_has_the_uniform_grid():

@@ -130,13 +130,14 @@ def test_kinks_and_jumps_are_cornered(where):
     close(variance, t + 8 * late, rtol=1e-11)
 
 
-def test_a_stiff_contraction_neither_underflows_nor_loses_its_balance():
-    """a = -500: alpha falls to e^-500 and its square out of float64, sigma^2 settles at g^2 / 1000."""
+@pytest.mark.parametrize("rate", [-500.0, -20000.0])
+def test_a_stiff_contraction_neither_over_nor_underflows_nor_loses_its_balance(rate):
+    """alpha falls to e^rate, far out of float64, and sigma^2 settles at g^2 / (-2 rate)."""
     t = torch.linspace(0, 1, 201, dtype=F64)
-    log_alpha, variance = Moments(lambda u: (-500 + 0 * u, 2 + 0 * u), 1.0, 0.3)(t)
-    close(log_alpha, -500 * t, rtol=1e-12)
-    settled = 4 / 1000
-    close(variance, settled + (0.09 - settled) * (-1000 * t).exp(), rtol=1e-9)
+    log_alpha, variance = Moments(lambda u: (rate + 0 * u, 2 + 0 * u), 1.0, 0.3)(t)
+    close(log_alpha, rate * t, rtol=1e-12)
+    settled = 4 / (-2 * rate)
+    close(variance, settled + (0.09 - settled) * (2 * rate * t).exp(), rtol=1e-9)
 
 
 def test_a_stiff_expansion_keeps_its_relative_accuracy():

@@ -44,16 +44,10 @@ class FactorTwoInDrift(Base):
     def drift(self, t, x):
         return -1.0 * x
 
-    def coefficients(self, t, x):
-        return self.drift(t, x), self.diffusion(t, x)
-
 
 class WrongDiffusion(Base):
     def diffusion(self, t, x):
         return 2.2
-
-    def coefficients(self, t, x):
-        return self.drift(t, x), 2.2
 
 
 class NotAtData(Base):
