@@ -18,14 +18,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sdediff.errors import CapabilityError, TimeError
+from sdediff.errors import CapabilityError, OptionError, TimeError
 from sdediff.shapes import State, over
 
 _ENTRIES_PER_GENERATOR = 4096
 _MASK = (1 << 64) - 1
+
+
+def _check_seed(seed: object) -> None:
+    if not isinstance(seed, int):
+        raise OptionError(f"A seed must be a whole number; got {seed!r}.")
 
 
 class NoiseStream(ABC):
@@ -70,12 +76,35 @@ def mix(*parts: int) -> int:
     return state
 
 
+@dataclass(frozen=True)
+class _Blocks:
+    """The blocks of rows that a batch lies in.
+
+    Rows are drawn in blocks of a size that depends on the event only; a block is always drawn whole, from a generator
+    of its own, so batch size and chunking change nothing.
+    """
+
+    numbers: range
+    entries: int
+    skip: int
+
+    @classmethod
+    def of(cls, x: State, first_row: int) -> _Blocks:
+        size = max(x[0].numel(), 1)
+        rows = max(1, _ENTRIES_PER_GENERATOR // size)
+        first, skip = divmod(first_row, rows)
+        return cls(range(first, (first_row + len(x) - 1) // rows + 1), rows * size, skip)
+
+    def rows_of(self, draws: Tensor, x: State) -> State:
+        """The rows of the batch, shaped as x, from the draws of all blocks."""
+        return draws.view(-1, x[0].numel())[self.skip : self.skip + len(x)].reshape(x.shape)
+
+
 class RowDraws:
     """Standard normal draws in which row i depends on the seed and i alone.
 
-    Rows are drawn in blocks of a size that depends on the event only; a block is always drawn whole, from a generator
-    of its own, so batch size and chunking change nothing. Block seeds are consecutive 32-bit numbers from a hashed
-    start (CPU generators keep 32 bits), so that two blocks of one solve never share a seed.
+    Block seeds are consecutive 32-bit numbers from a hashed start (torch's CPU generators keep 32 bits), so that two
+    blocks of one solve never share a seed.
     """
 
     def __init__(self, seed: int, first_row: int) -> None:
@@ -85,19 +114,29 @@ class RowDraws:
 
     def __call__(self, x: State) -> State:
         """The next standard normal numbers of every row, shaped as x."""
-        rows, size = x.shape[0], x[0].numel()
-        block = max(1, _ENTRIES_PER_GENERATOR // max(size, 1))
-        first_block, skip = divmod(self._first_row, block)
+        blocks = _Blocks.of(x, self._first_row)
         if not self._generators:
             start = mix(self._seed)
-            for number in range(first_block, (self._first_row + rows - 1) // block + 1):
+            for number in blocks.numbers:
                 generator = torch.Generator(device=x.device)
                 generator.manual_seed((start + number) & 0xFFFFFFFF)
                 self._generators.append(generator)
-        draws = torch.empty(len(self._generators), block * size, dtype=x.dtype, device=x.device)
+        draws = torch.empty(len(self._generators), blocks.entries, dtype=x.dtype, device=x.device)
         for target, generator in zip(draws, self._generators, strict=True):
             target.normal_(generator=generator)
-        return draws.view(-1, size)[skip : skip + rows].reshape(x.shape)
+        return blocks.rows_of(draws, x)
+
+
+def keyed_normal(x: State, key: int, first_row: int) -> State:
+    """Standard normal numbers shaped as x that depend on a 64-bit key and the row only, from a counter-based generator.
+
+    They are drawn in float64 and cast, so that a path is the same in any dtype.
+    """
+    blocks = _Blocks.of(x, first_row)
+    draws = [
+        np.random.Generator(np.random.Philox(key=[key, n])).standard_normal(blocks.entries) for n in blocks.numbers
+    ]
+    return blocks.rows_of(torch.from_numpy(np.stack(draws)), x).to(x)
 
 
 class _FreshStream(NoiseStream):
@@ -121,6 +160,9 @@ class RowNoise(Noise):
     """Fresh normal numbers at every step; row i depends on `seed` and i only, not on the batch around it."""
 
     seed: int
+
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
 
     def open(self, first_row: int = 0) -> NoiseStream:
         return _FreshStream(self.seed, first_row)
@@ -178,7 +220,7 @@ class _PathStream(NoiseStream):
     def _node(self, x: State, level: int, number: int) -> Tensor:
         key = (level, number)
         if key not in self._branch:
-            draw = RowDraws(mix(self._path.seed, 2, level, number), self._first_row)(x)
+            draw = keyed_normal(x, mix(self._path.seed, 2, level, number), self._first_row)
             self._branch[key] = draw * (self._path.t1 - self._path.t0) ** 0.5 if level == 0 else draw
         return self._branch[key]
 
@@ -200,6 +242,7 @@ class BrownianPath(Noise):
     depth: int = 24
 
     def __post_init__(self) -> None:
+        _check_seed(self.seed)
         if not self.t0 < self.t1:
             raise TimeError(f"A Brownian path needs t0 < t1; got t0 = {self.t0:g} and t1 = {self.t1:g}.")
 

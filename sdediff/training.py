@@ -95,7 +95,7 @@ def fit(
     Raises:
         OptionError, ShapeError: an argument does not fit.
         CheckpointError: the checkpoint is damaged or belongs to another run.
-        DivergenceError: the loss became NaN or infinite; names step, times and rows.
+        DivergenceError: the loss became NaN or infinite; names the step and the rows of its batch.
     """
     network = model.network
     if not isinstance(network, nn.Module):
@@ -125,7 +125,7 @@ def fit(
     settings = {
         "batch_size": batch_size, "lr": lr, "weighting": weighting, "ema": ema, "clip": clip, "warmup": warmup,
         "decay": decay, "prediction": model.prediction, "sigma_data": model.sigma_data, "sde": repr(model.sde),
-        "rows": len(items), "optimizer": type(adapt).__name__,
+        "rows": len(items), "optimizer": type(adapt).__name__, "condition": condition is not None,
     }  # fmt: skip
     if decay:
         settings["steps"] = steps

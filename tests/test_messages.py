@@ -795,3 +795,9 @@ def test_strategies_without_hypothesis_name_the_extra(monkeypatch):
 def test_an_unknown_name_of_the_testing_module_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = sd.testing.no_such_thing
+
+
+@pytest.mark.parametrize("make", [lambda: sd.RowNoise(1.5), lambda: sd.BrownianPath("a", 0.0, 1.0)])
+def test_a_seed_that_is_no_whole_number_is_refused(make):
+    with pytest.raises(OptionError, match="whole number"):
+        make()

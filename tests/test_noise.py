@@ -12,7 +12,7 @@ from scipy import stats
 from sdediff import BrownianPath, RowNoise
 from sdediff import noise as noise_module
 from sdediff.errors import CapabilityError, TimeError
-from sdediff.noise import RowDraws, mix
+from sdediff.noise import RowDraws, keyed_normal, mix
 from sdediff.testing import time_grids
 
 F64 = torch.float64
@@ -225,7 +225,7 @@ def test_a_path_starts_at_zero_and_turns_around():
 
 
 class _OneHot:
-    """Stands for `RowDraws`: every new seed is a new coordinate, so that a path becomes its vector of coefficients."""
+    """Stands for the generators: every new seed is a new coordinate, and a path its vector of coefficients."""
 
     def __init__(self, seed, first_row):
         self.seed, self.draws = seed, 0
@@ -246,6 +246,7 @@ def test_the_covariance_of_a_path_is_exactly_the_minimum_of_the_times(t0, length
     _OneHot.seen = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(noise_module, "RowDraws", _OneHot)
+        patch.setattr(noise_module, "keyed_normal", lambda x, key, first_row: _OneHot(key, first_row)(x))
         stream, x = BrownianPath(0, t0, t0 + length, depth=12).open(5), empty(1, 200)
         values = torch.cat([stream.value(x, at(t0 + length * k / 64)) for k in parts])
         extra = stream.normal(x)
@@ -261,6 +262,7 @@ def test_between_its_leaves_a_path_is_linear_and_its_covariance_is_short_by_the_
     _OneHot.seen = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(noise_module, "RowDraws", _OneHot)
+        patch.setattr(noise_module, "keyed_normal", lambda x, key, first_row: _OneHot(key, first_row)(x))
         stream, x = BrownianPath(0, 0.0, 1.0, depth=depth).open(5), empty(1, 100)
         width = 2.0**-depth
         for leaf in range(2**depth):
@@ -336,3 +338,14 @@ def test_a_path_gives_no_time_integral_and_no_times_per_row():
         stream.increment_and_integral(x, at(0.0), at(1.0))
     with pytest.raises(CapabilityError, match="per-row times need RowNoise"):
         stream.value(x, at([0.0, 1.0]))
+
+
+def test_keyed_numbers_depend_on_key_and_row_only_and_not_on_the_dtype():
+    x = torch.empty(70, 100, dtype=F64)
+    whole = keyed_normal(x, 7, 0)
+    assert torch.equal(keyed_normal(x[:9], 7, 35), whole[35:44])
+    assert torch.equal(keyed_normal(x.float(), 7, 0), whole.float())
+    assert not torch.isclose(keyed_normal(x, 8, 0), whole).any()
+    assert len(whole.unique()) == whole.numel()
+    assert abs(whole.mean()) < 5 / 7000**0.5
+    assert abs(whole.var() - 1) < 5 * (2 / 7000) ** 0.5
