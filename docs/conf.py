@@ -64,7 +64,7 @@ maximum_signature_line_length = 88
 default_role = "code"
 python_use_unqualified_type_names = True
 
-_INTERNAL = {"sdediff.moments"}
+_INTERNAL = {"sdediff.moments", "sdediff.report"}
 """Modules without an API page."""
 
 

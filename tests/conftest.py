@@ -3,11 +3,15 @@
 import os
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(1)
 
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=slow, max_examples=25)
+# For the mutants: find a counterexample, do not polish it.
+settings.register_profile(
+    "mutants", settings.get_profile("ci"), max_examples=10, phases=(Phase.explicit, Phase.generate)
+)
 settings.register_profile("dev", deadline=None, suppress_health_check=slow, max_examples=25)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

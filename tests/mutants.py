@@ -322,7 +322,12 @@ def killed(mutant: Mutant) -> bool:
         file.write_text(text.replace(mutant.original, mutant.changed))
         command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-n", "0"]
         command += [f"tests/{name}" for name in mutant.tests]
-        environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(copy),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HYPOTHESIS_PROFILE": "mutants",
+        }
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
         return done.returncode == 1
 
