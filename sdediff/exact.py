@@ -139,11 +139,7 @@ class GaussianMixture:
     def model(self, sde: SDE) -> ScoreModel:
         """The exact model of this data under the SDE (it must be linear)."""
         linear = as_linear(sde)
-
-        def exact_v(x: State, t: Tensor) -> State:
-            return self._v(linear, t, x)
-
-        return ScoreModel(exact_v, linear, prediction="v", time=lambda t: t)
+        return ScoreModel(_ExactNetwork(self, linear), linear, prediction="v", time=lambda t: t)
 
     def _v(self, sde: LinearSDE, t: Tensor, x: State) -> State:
         alpha, sigma = sde.scales_at(as_time(t))
@@ -196,6 +192,21 @@ class _Parts:
 def _product(x: Tensor, matrix: Tensor) -> Tensor:
     """`x @ matrix` with every row multiplied by itself, so that its bits do not depend on the batch."""
     return torch.bmm(x[:, None], matrix.expand(len(x), *matrix.shape))[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class _ExactNetwork:
+    """The v-prediction of a mixture under an SDE, as a network; samples from it have the dtype of the means."""
+
+    target: GaussianMixture
+    sde: LinearSDE
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.target.dtype
+
+    def __call__(self, x: State, t: Tensor) -> State:
+        return self.target._v(self.sde, t, x)
 
 
 class Gaussian(GaussianMixture):

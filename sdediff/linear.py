@@ -225,6 +225,9 @@ class LinearSDE(SDE):
     def diffusion(self, t: Tensor, x: State) -> Tensor:
         return as_float64(self.rates(as_time(t))[1])
 
+    def coefficients(self, t: Tensor, x: State) -> tuple[State, Tensor]:
+        return self.drift(t, x), self.diffusion(t, x)
+
     def advance(self, s: Tensor, t: Tensor, x: State, normal: State) -> State:
         scale, std = self.transition(s, t)
         return over(scale, x) * x + over(std, x) * normal

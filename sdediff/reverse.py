@@ -64,6 +64,9 @@ class Reverse(SDE):
     def noisy(self) -> bool:
         return self.noise_level > 0
 
+    def coefficients(self, t: Tensor, x: State) -> tuple[State, Tensor]:
+        return self.drift(t, x), self.diffusion(t, x)
+
     def drift(self, t: Tensor, x: State) -> State:
         return self.sde.reverse_drift(t, x, self.model, self.noise_level)
 

@@ -183,7 +183,7 @@ def sample(
         batch_size: rows solved at a time; all if None.
         trajectory: whether to keep the states at all times.
         progress: whether to show a bar.
-        dtype, device: of the states; those of x_init or of the network's parameters if None.
+        dtype, device: of the states; if None, those of x_init, or of the network's parameters, or its own `dtype`.
 
     Raises:
         OptionError, ShapeError, TimeError, CapabilityError: an argument does not fit; the message says how.
@@ -273,7 +273,8 @@ def _like(
     if source is None and isinstance(model.network, torch.nn.Module):
         source = next((p for p in model.network.parameters() if p.is_floating_point()), None)
     if source is None:
-        source = torch.empty(0, dtype=torch.get_default_dtype())
+        own = getattr(model.network, "dtype", None)
+        source = torch.empty(0, dtype=own if isinstance(own, torch.dtype) else torch.get_default_dtype())
     like = torch.empty(1, *shape[1:], dtype=dtype or source.dtype, device=device or source.device)
     check_state(like, "the sample")
     return like

@@ -20,7 +20,7 @@ from torch.distributions import Distribution
 
 from sdediff.errors import CapabilityError, TimeError
 from sdediff.noise import RowNoise
-from sdediff.shapes import State, Trajectory, as_float64, as_time, check_state, over
+from sdediff.shapes import State, Trajectory, as_float64, as_time, check_state, over, per_row
 
 if TYPE_CHECKING:
     from sdediff.linear import LinearSDE
@@ -33,8 +33,9 @@ SLACK = 1e-6
 class SDE(ABC):
     """A forward process `dx = f(t, x) dt + g(t, x) dw` on `[t_min, t_max]`.
 
-    Override `drift` and `diffusion`; set the class attributes below where the defaults do not fit. In both methods
-    `t` is `()` or `(batch,)` and `x` is `(batch, *event)`: write `sdediff.over(c, x)` to lay a function of t over x.
+    Override `drift` and `diffusion`; set the class attributes below where the defaults do not fit. Both are written
+    for one time, `t` of shape `()`, and states `x` of shape `(batch, *event)`: `return -(1 + t) * x` is right for any
+    event. Where rows have times of their own, `coefficients` calls them row by row.
 
     Attributes:
         t_min: where solvers stop on the data side (> 0 where the score is singular at 0).
@@ -48,15 +49,27 @@ class SDE(ABC):
 
     @abstractmethod
     def drift(self, t: Tensor, x: State) -> State:
-        """`f(t, x)`, shaped as x."""
+        """`f(t, x)` at one time `()`, shaped as x."""
 
     @abstractmethod
     def diffusion(self, t: Tensor, x: State) -> Tensor | float:
-        """`g(t, x)`: a number, `(batch,)`, or shaped as x. It must not depend on the value of x."""
+        """`g(t, x)` at one time `()`: a number, `(batch,)`, or shaped as x. It must not depend on the value of x."""
 
     def coefficients(self, t: Tensor, x: State) -> tuple[State, Tensor | float]:
-        """Drift and diffusion together; override where they share work."""
-        return self.drift(t, x), self.diffusion(t, x)
+        """Drift and diffusion together, for times `()` or `(batch,)`; override where they share work."""
+        if t.ndim == 0:
+            return self.drift(t, x), self.diffusion(t, x)
+        per_row(t, x)
+
+        def one_row(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            diffusion = as_float64(self.diffusion(t, x[None]))
+            return self.drift(t, x[None])[0], diffusion.reshape(() if diffusion.numel() == 1 else x.shape)
+
+        try:
+            return torch.vmap(one_row)(t, x)
+        except (RuntimeError, TypeError, ValueError):  # code that needs the numbers themselves, such as float(t)
+            rows = [one_row(*pair) for pair in zip(t, x, strict=True)]
+            return torch.stack([drift for drift, _ in rows]), torch.stack([diffusion for _, diffusion in rows])
 
     @property
     def noisy(self) -> bool:

@@ -35,7 +35,7 @@ class TwoFunctions(sd.SDE):
     t_min, t_max = 1e-4, 1.0
 
     def drift(self, t, x):
-        return sd.over(-2 * (1 + torch.sin(3 * t) ** 2 + t.exp()), x) * x
+        return -2 * (1 + torch.sin(3 * t) ** 2 + t.exp()) * x
 
     def diffusion(self, t, x):
         return torch.sqrt(4 + 3 * torch.cos(5 * t) * torch.exp(-t))

@@ -64,7 +64,7 @@ MUTANTS = [
     ),
     *_of(
         "processes",
-        "processes testing",
+        "processes model testing",
         ("t * (beta_min + (beta_max - beta_min) / 2 * t)", "t * (beta_min + (beta_max - beta_min) * t)"),
         (
             "return (-integral / 2).exp(), (-torch.expm1(-integral)).sqrt()",

@@ -117,6 +117,7 @@ def test_the_network_sees_the_time_it_wants():
 def test_every_integer_time_step_reaches_the_network():
     chain = sd.DiscreteVP(torch.linspace(1e-4, 0.02, 1000, dtype=F64))
     assert chain.timestep(chain.times).tolist() == list(range(999, -1, -1))
+    assert chain.timestep(chain.times.float()).tolist() == list(range(999, -1, -1))  # 0.003 in float32 is below 3/1000
 
 
 def test_a_condition_reaches_the_network_and_only_when_given():

@@ -164,7 +164,8 @@ def test_divergence_names_step_time_and_rows_also_across_chunks():
 def test_the_working_dtype_is_that_of_the_network_or_of_what_is_asked():
     network = sd.networks.MLP((2,)).double()
     assert sd.sample(sd.ScoreModel(network, sd.VP()), (2, 2), steps=2, seed=0).x.dtype == F64
-    assert sd.sample(scalar_target().model(sd.VP()), (2, 1), steps=2, seed=0).x.dtype == torch.float32
+    assert sd.sample(scalar_target().model(sd.VP()), (2, 1), steps=2, seed=0).x.dtype == F64
+    assert sd.sample(sd.ScoreModel(lambda x, t: x, sd.VP()), (2, 1), steps=2, seed=0).x.dtype == torch.float32
     x = torch.zeros(2, 1, dtype=F64)
     assert sd.sample(scalar_target().model(sd.VP()), (2, 1), x_init=x, steps=2, seed=0).x.dtype == F64
 

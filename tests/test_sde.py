@@ -256,3 +256,35 @@ def test_learned_scales_keep_their_gradient():
     assert g_grad.item() == pytest.approx(2 / math.sqrt(3))  # g = sqrt(2 rate)
     with torch.no_grad():
         assert not sde.rates(torch.tensor(0.3, dtype=F64))[1].requires_grad
+
+
+class ForOneTime(sd.SDE):
+    """Written for a scalar t, without a thought for rows; the other version cannot be vectorised."""
+
+    t_min = 1e-3
+
+    def drift(self, t, x):
+        return -(1 + t) * x
+
+    def diffusion(self, t, x):
+        return (1 + t) * torch.ones_like(x)
+
+
+class WithFloats(ForOneTime):
+    def drift(self, t, x):
+        return -(1 + float(t)) * x
+
+    def diffusion(self, t, x):
+        return 1 + float(t)
+
+
+@pytest.mark.parametrize("sde", [ForOneTime(), WithFloats()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("event", [(), (3,), (4, 4)])
+def test_coefficients_serve_rows_with_times_of_their_own(sde, event):
+    t = torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=F64)
+    x = torch.randn(4, *event, dtype=F64, generator=torch.Generator().manual_seed(0))
+    drift, diffusion = sde.coefficients(t, x)
+    factor = sd.over(1 + t, x)
+    torch.testing.assert_close(drift, -factor * x)
+    torch.testing.assert_close(sd.over(diffusion, x).expand(x.shape), factor.expand(x.shape))
+    sd.testing.check_sde(sde)

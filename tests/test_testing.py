@@ -61,14 +61,9 @@ class UndeclaredBlur(Base):
         return (-2 * t).exp(), (1.01 - (-4 * t).exp()).sqrt()
 
 
-class BroadcastsByLuck(sd.SDE):
-    t_min = 1e-3
-
+class BroadcastsByLuck(Base):
     def drift(self, t, x):
-        return -2 * (1 + t) * x
-
-    def diffusion(self, t, x):
-        return 2.0
+        return self.rates(t)[0] * (1 + 0 * t) * x * (1 + t)
 
 
 class WrongTransition(Base):

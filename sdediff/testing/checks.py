@@ -161,17 +161,19 @@ def rows_are_independent(sde: SDE) -> None:
     generator = torch.Generator().manual_seed(0)
     x, z = torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=generator)
     flow = Reverse(Gaussian(torch.zeros(4, 4), 0.5).model(linear), 1.0)
+    drift, diffusion = sde.coefficients(times, x)
     together = {
-        "drift": sde.drift(times, x),
-        "diffusion": over(sde.diffusion(times, x), x).expand(x.shape),
+        "drift": drift,
+        "diffusion": over(diffusion, x).expand(x.shape),
         "perturb": linear.perturb(times, x, z),
         "the reverse drift": flow.drift(times, x),
     }
     for row, t in enumerate(times):
         own, z_own = x[row : row + 1], z[row : row + 1]
+        drift, diffusion = sde.coefficients(t, own)
         alone = {
-            "drift": sde.drift(t, own),
-            "diffusion": over(sde.diffusion(t, own), own).expand(own.shape),
+            "drift": drift,
+            "diffusion": over(diffusion, own).expand(own.shape),
             "perturb": linear.perturb(t, own, z_own),
             "the reverse drift": flow.drift(t, own),
         }
@@ -198,7 +200,7 @@ def float32_agrees_with_float64(sde: SDE) -> None:
     single, double = linear.perturb(times, x, z), linear.perturb(times.double(), x.double(), z.double())
     spread = (linear.alpha(times) + linear.sigma(times))[:, None]
     _compare("perturb in float32", times, 1 + ((single - double) / spread).abs().amax(1), 1.0, 1e-5)
-    drift, wide = sde.drift(times.double(), x), sde.drift(times.double(), x.double())
+    (drift, _), (wide, _) = sde.coefficients(times.double(), x), sde.coefficients(times.double(), x.double())
     size = wide.abs().amax(1) + 1e-12
     _compare("The drift in float32", times, 1 + ((drift - wide).abs().amax(1) / size), 1.0, 1e-5)
 

@@ -20,7 +20,7 @@ from sdediff.exact import Gaussian
 from sdediff.linear import LinearSDE, as_linear
 from sdediff.processes import EDM, VE, VP, CosineVP, DiscreteVP, RectifiedFlow, SigmoidVP, SubVP
 from sdediff.sde import SDE
-from sdediff.shapes import Grid, State, over
+from sdediff.shapes import Grid, State
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class DriftAndDiffusion(SDE):
     t_max: float = 1.0
 
     def drift(self, t: Tensor, x: State) -> State:
-        return over(-self.pull * (1 + t**2), x) * x
+        return -self.pull * (1 + t**2) * x
 
     def diffusion(self, t: Tensor, x: State) -> Tensor:
         return self.push * (1 + t).log1p()
