@@ -63,6 +63,12 @@ MUTANTS = [
         ("over((t - s).abs().sqrt(), x) * normal", "over((t - s).abs(), x) * normal"),
     ),
     *_of(
+        "shapes",
+        "shapes",
+        ("reshape(-1, *[1] * (x.ndim - 1))", "reshape(*[1] * (x.ndim - 1), -1)"),
+        ("return x.reshape(x.shape[0], -1).sum(-1)", "return x.reshape(-1, x.shape[0]).sum(0)"),
+    ),
+    *_of(
         "processes",
         "processes model testing",
         ("t * (beta_min + (beta_max - beta_min) / 2 * t)", "t * (beta_min + (beta_max - beta_min) * t)"),
