@@ -186,3 +186,29 @@ def test_a_broken_network_is_named_in_adaptive_solves():
         sd.sample(model, (3, 2), solver=sd.TorchDiffEq(), seed=0)
     assert 0 in caught.value.rows
     assert caught.value.time < 0.5
+
+
+def test_the_memory_of_drifts_tells_times_apart():
+    """dx = t dt stands still at t = 0, so the midpoint sees the same state at another time."""
+
+    class Ramp(sd.SDE):
+        def drift(self, t, x):
+            return t * torch.ones_like(x)
+
+        def diffusion(self, t, x):
+            return 0.0
+
+    x = torch.zeros(2, 1, dtype=F64)
+    times = torch.tensor([0.0, 1.0], dtype=F64)
+    (end,) = sd.TorchSDE("midpoint").solve(Ramp(), x, times, sd.RowNoise(0).open())
+    torch.testing.assert_close(end, torch.full_like(x, 0.5))
+
+
+@pytest.mark.parametrize("sde", [sd.VE(), sd.EDM()], ids=name)
+def test_the_search_for_a_first_step_stays_within_the_span(sde):
+    """On clocks where the start is nearly at rest, the trial step reaches far beyond the end."""
+    target = sd.exact.Gaussian(torch.tensor([0.5, -1.0, 0.0], dtype=F64), 0.4)
+    x = target.sample(64, seed=0)
+    latent = sd.encode(target.model(sde), x).x
+    exact = target.flow(sde, x, sde.t_min, sde.t_max)
+    assert ((latent - exact) / sde.sigma(sde.t_max)).abs().max() < 1e-3

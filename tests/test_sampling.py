@@ -154,9 +154,11 @@ def test_divergence_names_step_time_and_rows_also_across_chunks():
     with pytest.raises(sd.DivergenceError, match=r"step 2, t = 0\.2, rows 1, 3") as caught:
         sd.sample(model, (4, 1), x_init=x, times=times, seed=0, final="none")
     assert (caught.value.step, caught.value.time, caught.value.rows) == (2, 0.2, [1, 3])
-    with pytest.raises(sd.DivergenceError, match="rows 1") as caught:
-        sd.sample(model, (4, 1), x_init=x, times=times, seed=0, solver=sd.EulerMaruyama(), batch_size=2)
-    assert caught.value.rows == [1]
+    x = torch.tensor([[-1.0], [-1.0], [-1.0], [1.0]])
+    for solver in (sd.DDIM(), sd.TorchDiffEq()):
+        with pytest.raises(sd.DivergenceError, match="rows 3") as caught:
+            sd.sample(model, (4, 1), x_init=x, times=times, seed=0, solver=solver, batch_size=2)
+        assert caught.value.rows == [3]
     with pytest.raises(sd.DivergenceError, match="initial state"):
         sd.sample(model, (1, 1), x_init=torch.tensor([[torch.nan]]), times=times, seed=0)
 
