@@ -98,6 +98,10 @@ class TorchDiffEq(Solver):
         for name, value in {"method": method, "rtol": rtol, "atol": atol, "options": options}.items():
             object.__setattr__(self, name, value)
 
+    def __repr__(self) -> str:
+        extra = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"TorchDiffEq({self.method!r}, rtol={self.rtol:g}, atol={self.atol:g}{extra})"
+
     @property
     def default_steps(self) -> int:  # type: ignore[override]  # adaptive methods choose their own
         return 1 if self.method in _ADAPTIVE else 100
@@ -222,6 +226,10 @@ class TorchSDE(Solver):
             )
         for name, value in {"method": method, "noise_level": noise_level, "options": options}.items():
             object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        extra = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"TorchSDE({self.method!r}, noise_level={self.noise_level:g}{extra})"
 
     @property
     def order(self) -> int:  # type: ignore[override]  # the method's

@@ -90,7 +90,7 @@ class DemoSettings:
 
 FULL = DemoSettings()
 QUICK = DemoSettings(
-    train_steps=400, batch_size=32, lr=5e-3, ema=0.99, images=100, curve=(8, 20), test_rows=64, tolerance=1e-3
+    train_steps=360, batch_size=32, lr=5e-3, ema=0.99, images=100, curve=(12,), test_rows=64, tolerance=1e-3
 )
 
 
