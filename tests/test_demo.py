@@ -34,7 +34,7 @@ def test_every_file_is_there(first):
 def test_the_report_has_five_solvers_and_the_likelihood(first):
     result, _ = first
     text = (result.folder / "report.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| \d+ \| [\d.]+ \| -?[\d.]+ \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| \d+ \| [\d.]+ \| -?[\d.]+ \| [-\d.± ]+ \|$", text, re.MULTILINE)
     assert rows == SOLVERS
     assert f"| this one | {result.bits.mean:.3f} | {result.bits.stderr:.3f} |" in text
     assert "17 levels in [-1, 1], uniform dequantisation" in text
