@@ -305,7 +305,7 @@ OPTIONS = [
     ),
     case(OptionError, lambda: sd.losses.denoising(MODEL, x(4, 2), weighting="snrr"), "'snrr'", "'snr'", id="weighting"),
     case(OptionError, lambda: fit(weighting="snrr"), "'snrr'", "'min_snr'", id="fit, weighting"),
-    case(OptionError, lambda: fit(MODEL), "torch.nn.Module", "function", id="fit, network"),
+    case(OptionError, lambda: fit(MODEL), "torch.nn.Module", "_ExactNetwork", id="fit, network"),
     case(OptionError, lambda: fit(steps=-1), "steps = -1", ">= 1", id="fit, steps"),
     case(OptionError, lambda: fit(batch_size=0), "batch_size = 0", ">= 1", id="fit, batch_size"),
     case(OptionError, lambda: fit(ema=1.0), "ema = 1.0", "ema < 1", id="fit, ema"),
@@ -327,7 +327,7 @@ OPTIONS = [
         "parameters",
         id="fit, nothing to train",
     ),
-    case(OptionError, lambda: sd.save(MODEL, "nowhere"), "torch.nn.Module", "function", id="save"),
+    case(OptionError, lambda: sd.save(MODEL, "nowhere"), "torch.nn.Module", "_ExactNetwork", id="save"),
     case(
         OptionError, lambda: sd.sample(MODEL, (4, 2), steps=-3), "-3", "whole number of steps >= 1", id="negative steps"
     ),
