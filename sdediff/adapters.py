@@ -89,6 +89,7 @@ class TorchDiffEq(Solver):
     noise_level: float = field(default=0.0, init=False, repr=False)
 
     def __init__(self, method: str = "dopri5", rtol: float = 1e-5, atol: float = 1e-5, **options: Any) -> None:
+        options = {**options.pop("options", {}), **options}  # as dataclasses.replace passes them
         if method not in _ADAPTIVE | _FIXED:
             raise OptionError(
                 f"Unknown method {method!r} for TorchDiffEq: write one of {', '.join(map(repr, _ADAPTIVE | _FIXED))}."
@@ -215,6 +216,7 @@ class TorchSDE(Solver):
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __init__(self, method: str = "euler", noise_level: float = 1.0, **options: Any) -> None:
+        options = {**options.pop("options", {}), **options}  # as dataclasses.replace passes them
         if method not in _SDE_METHODS:
             raise OptionError(
                 f"Unknown method {method!r} for TorchSDE: write one of {', '.join(map(repr, _SDE_METHODS))}."
@@ -238,7 +240,7 @@ class TorchSDE(Solver):
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
         from torchsde._core import base_sde, methods
 
-        refuse_singular_start(process, times, self)
+        refuse_singular_start(process, x, times, self)
         sign = 1.0 if times[-1] > times[0] else -1.0
         build = methods.select(method=self.method, sde_type="ito")
         flat = base_sde.ForwardSDE(_Flat(process, x, sign, build.sde_type))

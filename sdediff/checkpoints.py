@@ -186,6 +186,7 @@ def load(path: str | Path, *, network: nn.Module | None = None, sde: SDE | None 
     if not isinstance(weights, str) or Path(weights).name != weights:
         raise CheckpointError(f"{file} is damaged: it names no file of weights.")
     load_weights(built, read_tensors(folder / weights), folder / weights)
+    built.eval()
     try:
         return ScoreModel(built, process, content["prediction"], time, content["sigma_data"])
     except (KeyError, TypeError, OptionError) as error:

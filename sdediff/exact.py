@@ -139,7 +139,7 @@ class GaussianMixture:
     def model(self, sde: SDE) -> ScoreModel:
         """The exact model of this data under the SDE (it must be linear)."""
         linear = as_linear(sde)
-        return ScoreModel(_ExactNetwork(self, linear), linear, prediction="v", time=lambda t: t)
+        return ScoreModel(_ExactNetwork(self, linear), linear, prediction="v", time=as_time)
 
     def _v(self, sde: LinearSDE, t: Tensor, x: State) -> State:
         alpha, sigma = sde.scales_at(as_time(t))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sdediff.errors import OptionError, TimeError
-from sdediff.linear import LinearSDE
+from sdediff.linear import as_linear
 from sdediff.sde import SDE
 from sdediff.shapes import Grid
 
@@ -56,21 +56,23 @@ def quadratic(sde: SDE, n: int, *, t_min: float | None = None) -> Grid:
     return _even(sde, n, t_min, torch.sqrt, torch.square)
 
 
-def log_snr(sde: LinearSDE, n: int, *, t_min: float | None = None) -> Grid:
-    """`n` equal steps in the log signal-to-noise ratio, `(n + 1,)`."""
-    return _even(sde, n, t_min, sde.log_snr, sde.time)
+def log_snr(sde: SDE, n: int, *, t_min: float | None = None) -> Grid:
+    """`n` equal steps in the log signal-to-noise ratio of a linear SDE, `(n + 1,)`."""
+    linear = as_linear(sde)
+    return _even(linear, n, t_min, linear.log_snr, linear.time)
 
 
-def karras(sde: LinearSDE, n: int, rho: float = 7.0, *, t_min: float | None = None) -> Grid:
+def karras(sde: SDE, n: int, rho: float = 7.0, *, t_min: float | None = None) -> Grid:
     """`n` equal steps in `(sigma / alpha)^(1 / rho)`, `(n + 1,)`; rho = 7 is EDM's."""
     if not rho > 0:
         raise OptionError(f"karras needs rho > 0; got {rho}.")
+    linear = as_linear(sde)
     return _even(
-        sde,
+        linear,
         n,
         t_min,
-        lambda t: (-sde.log_snr(t) / (2 * rho)).exp(),
-        lambda u: sde.time(-2 * rho * u.log()),
+        lambda t: (-linear.log_snr(t) / (2 * rho)).exp(),
+        lambda u: linear.time(-2 * rho * u.log()),
     )
 
 

@@ -74,6 +74,10 @@ class PredictorCorrector(Solver):
     def noise_level(self) -> float:  # type: ignore[override]  # the predictor's
         return self.predictor.noise_level
 
+    @property
+    def deterministic(self) -> bool:
+        return False
+
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
         model = model_of(process, self)
         predict = self.predictor.start(process, x, times, noise)

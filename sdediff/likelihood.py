@@ -29,12 +29,21 @@ import torch
 from torch import Tensor
 
 from sdediff.adapters import TorchDiffEq
-from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError
+from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
 from sdediff.model import ScoreModel
 from sdediff.noise import RowDraws, RowNoise, mix
-from sdediff.sampling import check_arguments, chunks_of, counted, explain, grid_for, rows_of
+from sdediff.sampling import (
+    bound_rows,
+    check_arguments,
+    chunks_of,
+    evaluating,
+    explain,
+    grid_for,
+    like_state,
+    starts_at_prior,
+)
 from sdediff.sde import SDE, fresh_seed
-from sdediff.shapes import PerRow, State, check_state, sum_rows
+from sdediff.shapes import Codes, Grid, PerRow, State, check_state, sum_rows
 from sdediff.solvers import Solver, Tally
 
 
@@ -167,8 +176,8 @@ class LogProb:
         stderr: standard error of the divergence estimate, `(batch,)`; 0 for the exact one, NaN for a single probe.
         latent: the state at t_max, `(batch, *event)`.
         nfe: network evaluations for every row.
-        prior_gap: KL divergence of `p(x_T | x_0 = x)` from the prior in nats, `(batch,)`; its mean over data bounds
-            what the prior misses of p_T.
+        prior_gap: KL divergence of `p(x_T | x_0 = x)` from the SDE's own prior in nats, `(batch,)`; its mean over data
+            bounds what the prior misses of p_T. NaN with a prior of the caller's.
         accepted, rejected: steps of an adaptive solver, summed over chunks.
         settings: the solver, divergence, span and seed that gave the number.
     """
@@ -183,7 +192,6 @@ class LogProb:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-@torch.no_grad()
 def log_prob(
     model: ScoreModel,
     x: State,
@@ -218,23 +226,60 @@ def log_prob(
     solver = TorchDiffEq() if solver is None else solver
     check_arguments(model, solver)
     check_state(x)
+    if x.shape[0] == 0:
+        raise ShapeError("log_prob needs at least one row; got x with 0 rows.")
     if divergence == "exact":
         divergence = Exact()
     if not isinstance(divergence, Divergence):
         raise OptionError(f"Unknown divergence {divergence!r}: write 'exact' or Hutchinson(probes=...).")
-    if solver.noise_level:
+    if not solver.deterministic:
         solver_hint = "TorchDiffEq(), Heun() or EulerMaruyama(noise_level=0)"
         raise CapabilityError(f"A likelihood needs the deterministic flow, but {solver} adds noise: use {solver_hint}.")
     seed = fresh_seed() if seed is None else seed
     grid = grid_for(model, solver, steps, times, t_min, direction=1)
+    if prior is None and not starts_at_prior(model, grid[-1]):
+        raise TimeError(
+            f"times ends at {grid[-1]:g}, but the prior is that of t_max = {model.sde.t_max:g}: end there, or pass "
+            "prior=, the distribution of the states at the last time."
+        )
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model.network):
+        _check_differentiable(model, x, grid[0], condition)
+        return _integrate(model, x.clone(), solver, grid, divergence, prior, seed, condition, batch_size)
+
+
+def _check_differentiable(model: ScoreModel, x: State, t: Tensor, condition: Any) -> None:
+    """Refuse a network whose output depends on x in a way that automatic differentiation does not see."""
+    bound, _ = bound_rows(model, condition, slice(0, 1), len(x))
+    with torch.enable_grad():
+        at = x[:1].clone().detach().requires_grad_()
+        output = bound.predict(t, at)
+    if output.requires_grad:
+        return
+    elsewhere = bound.predict(t, 1.1 * at.detach() + 0.1)
+    if not torch.allclose(output, elsewhere, rtol=0, atol=0, equal_nan=True):
+        raise CapabilityError(
+            "The network's output depends on x, but not for automatic differentiation, so its divergence would come "
+            "out wrong: remove torch.no_grad and detach from it, or pass create_graph=True where it differentiates."
+        )
+
+
+def _integrate(
+    model: ScoreModel,
+    x: State,
+    solver: Solver,
+    grid: Grid,
+    divergence: Divergence,
+    prior: HasLogProb | None,
+    seed: int,
+    condition: Any,
+    batch_size: int | None,
+) -> LogProb:
     event = tuple(x.shape[1:])
     size = math.prod(event)
     terminal: HasLogProb = model.sde.prior(event, dtype=x.dtype) if prior is None else prior
     values, errors, latents, tally, nfe = [], [], [], Tally(), 0
     for rows in chunks_of(x.shape[0], batch_size):
-        bound, counter = counted(model)
-        if condition is not None:
-            bound = bound.given(rows_of(condition, rows, x.shape[0]))
+        bound, counter = bound_rows(model, condition, rows, x.shape[0])
         part = x[rows]
         process = _WithLogDensity(bound, divergence, divergence.draw(part, seed, rows.start), event)
         start = torch.cat([_flat(part), part.new_zeros(len(part), divergence.columns(part))], dim=1)
@@ -254,7 +299,7 @@ def log_prob(
         stderr=torch.cat(errors),
         latent=torch.cat(latents),
         nfe=nfe,
-        prior_gap=_prior_gap(model, x),
+        prior_gap=_prior_gap(model, x) if prior is None else torch.full_like(torch.cat(values), float("nan")),
         accepted=tally.accepted,
         rejected=tally.rejected,
         settings={
@@ -298,10 +343,10 @@ class BitsPerDim:
 
 def bits_per_dim(
     model: ScoreModel,
-    codes: Tensor,
+    x: Codes,
     *,
-    levels: int | None = None,
-    dequantize: str | None = None,
+    levels: int = 256,
+    dequantize: str = "uniform",
     samples: int = 1,
     interval: tuple[float, float] = (-1.0, 1.0),
     seed: int | None = None,
@@ -313,27 +358,27 @@ def bits_per_dim(
     was trained. With u uniform on (0, 1), `E_u[log p(low + w (c + u))] + D log w` is a lower bound on `log P(c)`.
 
     Args:
-        codes: integers `(batch, *event)`.
-        levels: number of codes; must be declared.
-        dequantize: "uniform"; must be declared.
+        x: integer codes `(batch, *event)`; a density has bits per dimension only through its bins, so states of
+            floating-point dtype are refused.
+        levels: number of codes, 256 for 8-bit images.
+        dequantize: "uniform".
         samples: draws of u for each row.
         interval: `(low, high)` of the model's space.
         options: passed to `log_prob`.
 
     Raises:
-        OptionError: levels or dequantize undeclared or unknown, codes out of range.
+        OptionError: unknown dequantize, codes out of range.
+        ShapeError: x is not of integers.
     """
-    if levels is None or dequantize is None:
-        raise OptionError(
-            "Bits per dimension is a statement about discrete data: declare levels=... (256 for 8-bit images) and "
-            "dequantize='uniform'."
-        )
     if dequantize != "uniform":
         raise OptionError(f"Unknown dequantize {dequantize!r}: write 'uniform'.")
-    if codes.is_floating_point() or codes.ndim < 1:
-        raise ShapeError(f"codes must be integers of shape (batch, *event); got {codes.dtype}, {tuple(codes.shape)}.")
-    if codes.min() < 0 or codes.max() >= levels:
-        raise OptionError(f"codes must lie in 0..{levels - 1}; got {codes.min().item()}..{codes.max().item()}.")
+    if x.is_floating_point() or x.ndim < 1:
+        raise ShapeError(
+            "bits_per_dim needs codes that are integers of shape (batch, *event), which declare the bins; "
+            f"got {x.dtype}, {tuple(x.shape)}."
+        )
+    if x.min() < 0 or x.max() >= levels:
+        raise OptionError(f"Codes must lie in 0..{levels - 1}; got {x.min().item()}..{x.max().item()}.")
     low, high = interval
     if samples < 1 or not low < high:
         raise OptionError(
@@ -342,12 +387,12 @@ def bits_per_dim(
         )
     width = (high - low) / levels
     seed = fresh_seed() if seed is None else seed
-    size = math.prod(codes.shape[1:])
+    size = math.prod(x.shape[1:])
     rows, nfe, probes_var = [], 0, []
-    dtype = torch.get_default_dtype()
+    dtype = like_state(model, None, tuple(x.shape), None, None).dtype
     for k in range(samples):
-        u = torch.special.ndtr(RowDraws(mix(seed, 5, k), 0)(codes.to(torch.float64)))
-        result = log_prob(model, (low + width * (codes + u)).to(dtype), seed=mix(seed, 6, k) >> 2, **options)
+        u = torch.special.ndtr(RowDraws(mix(seed, 5, k), 0)(x.to(torch.float64)))
+        result = log_prob(model, (low + width * (x + u)).to(dtype), seed=mix(seed, 6, k) >> 2, **options)
         rows.append(-(result.value.double() / size + math.log(width)) / math.log(2))
         probes_var.append((result.stderr.double() / size / math.log(2)) ** 2)
         nfe += result.nfe

@@ -84,8 +84,8 @@ class LinearSDE(SDE):
         learned = torch.is_grad_enabled() and (
             t.requires_grad or any(as_float64(v).requires_grad for v in self.scales(t))
         )
-        with torch.enable_grad():
-            at = t if learned and t.requires_grad else t.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            at = t if learned and t.requires_grad else t.detach().clone().requires_grad_()
             values = [as_float64(v).expand(at.shape) for v in self.scales(at)]
             d_alpha, d_sigma = (
                 torch.autograd.grad(
@@ -271,6 +271,7 @@ class LinearSDE(SDE):
             if not bool(fine.all()):
                 i = int((~fine).nonzero()[0])
                 raise SDEError(f"{name} must be positive and finite; {self} has {name}({times[i]:g}) = {values[i]:g}.")
+        self._check_differentiable()
         log_snr = 2 * (alpha.log() - sigma.log())
         rising = ~(log_snr.diff() < 0)
         if bool(rising.any()):
@@ -279,6 +280,21 @@ class LinearSDE(SDE):
                 f"The signal-to-noise ratio alpha^2 / sigma^2 must fall strictly; for {self} its logarithm goes from "
                 f"{log_snr[i]:.6g} at t = {times[i]:g} to {log_snr[i + 1]:.6g} at t = {times[i + 1]:g}."
             )
+
+    def _check_differentiable(self) -> None:
+        """Refuse scales that move although automatic differentiation sees them stand still."""
+        inside = torch.tensor([0.17, 0.39, 0.61, 0.83], dtype=torch.float64)
+        times = self.t_min + inside * (self.t_max - self.t_min)
+        step = 1e-4 * (self.t_max - self.t_min)
+        with torch.no_grad():
+            seen = self.scale_rates(times)
+            moved = [a - b for a, b in zip(self.scales_at(times + step), self.scales_at(times - step), strict=True)]
+        for name, slope, change in zip(("alpha", "sigma"), seen, moved, strict=True):
+            if bool((slope == 0).all()) and bool((change != 0).any()):
+                raise SDEError(
+                    f"{name} of {self} changes with t, but its derivative by torch is 0: write scales(t) in torch "
+                    "operations on t (no numpy, no detach, no float(t)), or write rates(t) instead."
+                )
 
 
 def like(value: Tensor, t: Time) -> Tensor:

@@ -201,7 +201,9 @@ class ScoreModel:
         return Point(self.linear, t, *self.linear.scales_at(t), self.sigma_data)
 
     def predict(self, t: Time, x: State, *, condition: Any = None) -> State:
-        """The network's own output F, `(batch, *event)`.
+        """The network's own output F, `(batch, *event)`, in the dtype of x.
+
+        A network with parameters is called in their dtype: a float64 state may use a float32 network.
 
         Raises:
             ShapeError: x is not a floating-point state, t fits neither `()` nor `(batch,)`, or the network's output
@@ -219,9 +221,19 @@ class ScoreModel:
             seen = (sigma / alpha).log() / 4
         if self.time is not None:
             seen = self.time(clock)
-        seen = seen.to(x.device, x.dtype) if seen.is_floating_point() else seen.to(x.device)
+        dtype = _dtype_of(self.network) or x.dtype
+        inputs = inputs.to(dtype)
+        seen = seen.to(x.device, dtype) if seen.is_floating_point() else seen.to(x.device)
         output = self.network(inputs, seen) if condition is None else self.network(inputs, seen, condition)
         if not isinstance(output, Tensor) or output.shape != x.shape:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ShapeError(f"The network must return a tensor shaped as x, {tuple(x.shape)}; it returned {got}.")
-        return output
+        return output.to(x.dtype)
+
+
+def _dtype_of(network: Callable[..., Tensor]) -> torch.dtype | None:
+    """The dtype of the parameters of an `nn.Module`, itself or wrapped as `.network`; None if there are none."""
+    module = network if isinstance(network, torch.nn.Module) else getattr(network, "network", None)
+    if not isinstance(module, torch.nn.Module):
+        return None
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)

@@ -83,10 +83,9 @@ class MLP(nn.Module):
         if condition is not None:
             if self.label is None:
                 raise ShapeError("This MLP has no condition: build it with MLP(..., classes=...).")
-            if condition.shape != x.shape[:1]:
-                raise ShapeError(
-                    f"This MLP takes one label a row as its condition, shape ({len(x)},); got {tuple(condition.shape)}."
-                )
+            if not isinstance(condition, Tensor) or condition.shape != x.shape[:1]:
+                got = tuple(condition.shape) if isinstance(condition, Tensor) else repr(condition)
+                raise ShapeError(f"This MLP takes one label a row as its condition, shape ({len(x)},); got {got}.")
             time = time + self.label(condition)
         h = self.read(x.reshape(len(x), -1))
         for block in self.blocks:

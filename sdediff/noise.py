@@ -15,6 +15,7 @@ step-size studies need. It is a dyadic bridge: given `W(l)` and `W(r)`, the valu
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -30,8 +31,10 @@ _MASK = (1 << 64) - 1
 
 
 def _check_seed(seed: object) -> None:
-    if not isinstance(seed, int):
-        raise OptionError(f"A seed must be a whole number; got {seed!r}.")
+    try:
+        operator.index(seed)  # type: ignore[arg-type]  # whatever is no number raises
+    except TypeError as error:
+        raise OptionError(f"A seed must be a whole number; got {seed!r}.") from error
 
 
 class NoiseStream(ABC):
@@ -68,7 +71,7 @@ class Noise(ABC):
 def mix(*parts: int) -> int:
     """Hash integers to 64 bits (the splitmix64 finaliser, folded): unrelated seeds from related numbers."""
     state = 0
-    for part in parts:
+    for part in map(operator.index, parts):
         state = (state ^ (part & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
         state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
         state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK

@@ -22,6 +22,7 @@ Ho et al. 2020 (arXiv:2006.11239).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -54,6 +55,14 @@ def _preserving(integral: Tensor) -> tuple[Tensor, Tensor]:
     return (-integral / 2).exp(), (-torch.expm1(-integral)).sqrt()
 
 
+def _preserving_rates(integral: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+    """`(a, g) = (-beta / 2, sqrt(beta))` with `beta = B'`, which holds at t = 0 too, where sigma' is infinite."""
+    with torch.inference_mode(False), torch.enable_grad():
+        at = as_time(t).detach().clone().requires_grad_()
+        (beta,) = torch.autograd.grad(integral(at).sum(), at)
+    return -beta / 2, beta.sqrt()
+
+
 def _linear_integral(t: Tensor, beta_min: float, beta_max: float) -> Tensor:
     return t * (beta_min + (beta_max - beta_min) / 2 * t)
 
@@ -77,6 +86,9 @@ class VP(LinearSDE):
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return _preserving(_linear_integral(as_time(t), self.beta_min, self.beta_max))
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return _preserving_rates(lambda t: _linear_integral(t, self.beta_min, self.beta_max), t)
 
     def _time_of(self, log_snr: Tensor) -> Tensor:
         return _linear_integral_inverse(softplus(-log_snr), self.beta_min, self.beta_max)
@@ -184,6 +196,9 @@ class CosineVP(LinearSDE):
         alpha = (quarter * (1 - as_time(t))).sin() / math.cos(start)
         return alpha, (turned.sin() * (turned + 2 * start).sin()).sqrt() / math.cos(start)
 
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return _preserving_rates(lambda t: -2 * self.scales(t)[0].log(), t)
+
     def _time_of(self, log_snr: Tensor) -> Tensor:
         quarter = math.pi / 2 / (1 + self.offset)
         start = quarter * self.offset
@@ -207,9 +222,15 @@ class SigmoidVP(LinearSDE):
         _require(self.beta_max > 0 and self.ramp > 0, "SigmoidVP needs beta_max, ramp > 0", (self.beta_max, self.ramp))
         _check_span(self.t_min, self.t_max)
 
+    def _beta_integral(self, t: Tensor) -> Tensor:
+        grown = torch.expm1(2 * self.ramp * t) / (1 + math.exp(self.ramp))
+        return self.beta_max / (2 * self.ramp) * grown.log1p()
+
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        grown = torch.expm1(2 * self.ramp * as_time(t)) / (1 + math.exp(self.ramp))
-        return _preserving(self.beta_max / (2 * self.ramp) * grown.log1p())
+        return _preserving(self._beta_integral(as_time(t)))
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return _preserving_rates(self._beta_integral, t)
 
     def _time_of(self, log_snr: Tensor) -> Tensor:
         grown = torch.expm1(softplus(-log_snr) * 2 * self.ramp / self.beta_max)
@@ -283,13 +304,18 @@ class DiscreteVP(LinearSDE):
         spline = CubicHermiteSpline(knots, np.append(0, steps.cumsum()), slopes)
         return torch.from_numpy(knots), torch.from_numpy(spline.c)
 
-    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = as_time(t)
+    def _beta_integral(self, t: Tensor) -> Tensor:
         knots, cubic = (table.to(t.device) for table in self._integral)
         piece = (torch.searchsorted(knots, t.detach().contiguous(), right=True) - 1).clamp(0, cubic.shape[1] - 1)
         offset = t - knots[piece]
         c3, c2, c1, c0 = cubic[:, piece]
-        return _preserving(((c3 * offset + c2) * offset + c1) * offset + c0)
+        return ((c3 * offset + c2) * offset + c1) * offset + c0
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return _preserving(self._beta_integral(as_time(t)))
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return _preserving_rates(self._beta_integral, t)
 
     def __repr__(self) -> str:
         return f"DiscreteVP({len(self.betas)} betas from {self.betas[0]:g} to {self.betas[-1]:g})"

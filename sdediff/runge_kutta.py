@@ -34,7 +34,7 @@ class EulerMaruyama(Solver):
     noise_level: float = 1.0
 
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
-        refuse_singular_start(process, times, self)
+        refuse_singular_start(process, x, times, self)
         return lambda i, x: euler_step(process, x, times[i], times[i + 1], noise)
 
 
@@ -54,6 +54,10 @@ class Heun(Solver):
     def __post_init__(self) -> None:
         if not self.churn >= 0:
             raise OptionError(f"Heun needs churn >= 0; got {self.churn}.")
+
+    @property
+    def deterministic(self) -> bool:
+        return self.churn == 0
 
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
         refuse_noise(process, self)

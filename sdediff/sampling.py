@@ -7,7 +7,8 @@ Nobody types a direction of time: times fall in `sample` and rise in `encode`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdediff.adapters import TorchDiffEq
-from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError
+from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
 from sdediff.grids import natural
 from sdediff.model import ScoreModel
 from sdediff.noise import Noise, NoiseStream, RowNoise
 from sdediff.reverse import Reverse
-from sdediff.sde import SDE, check_grid, fresh_seed
+from sdediff.sde import SDE, SLACK, check_grid, fresh_seed
 from sdediff.shapes import Grid, State, Trajectory, as_time, check_state, finite_or_raise
 from sdediff.solvers import Solver, Tally
 from sdediff.tables import DDIM
@@ -109,17 +110,48 @@ def grid_for(
         return falling if direction < 0 else falling.flip(0)
     if steps is not None or t_min is not None:
         raise OptionError("Give either times=..., a whole grid, or steps=... and t_min=..., from which one is made.")
-    grid = as_time(torch.as_tensor(times))
+    grid = as_time(times)
     check_grid(grid, direction=direction)
     model.sde.check_span(grid, "times")
     return grid
 
 
+def starts_at_prior(model: ScoreModel, t: Tensor) -> bool:
+    """Whether t is the noise end of the SDE."""
+    return abs(t.item() - model.sde.t_max) <= SLACK * model.sde.t_max
+
+
+@contextmanager
+def evaluating(network: Callable[..., Tensor]) -> Iterator[None]:
+    """Evaluation mode for a network that is an `nn.Module`, and its own modes again afterwards."""
+    if not isinstance(network, torch.nn.Module):
+        yield
+        return
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def rows_of(condition: Any, rows: slice, batch: int) -> Any:
-    """The rows of a condition that has one entry per row; any other passes through untouched."""
+    """The rows of tensors with one entry per row, also inside dicts, lists and tuples; all else passes untouched."""
     if isinstance(condition, Tensor) and condition.ndim and condition.shape[0] == batch:
         return condition[rows]
+    if isinstance(condition, dict):
+        return {name: rows_of(value, rows, batch) for name, value in condition.items()}
+    if type(condition) in (list, tuple):
+        return type(condition)(rows_of(value, rows, batch) for value in condition)
     return condition
+
+
+def bound_rows(model: ScoreModel, condition: Any, rows: slice, batch: int) -> tuple[ScoreModel, _Counter]:
+    """The model for some rows of a batch: counting its calls, with its condition cut to them."""
+    bound, counter = counted(model)
+    condition = model.condition if condition is None else condition
+    return (bound if condition is None else bound.given(rows_of(condition, rows, batch))), counter
 
 
 def _solve(run: _Run, x: State, stream: NoiseStream, tally: Tally) -> tuple[State, Trajectory | None]:
@@ -165,7 +197,7 @@ def sample(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Solution:
-    """Draw samples by solving the reverse process from `t_max` to `t_min`.
+    """Draw samples by solving the reverse process from `t_max` to `t_min`, with the network in evaluation mode.
 
     Args:
         model: the score and the SDE.
@@ -179,7 +211,7 @@ def sample(
         seed: row i depends on it and on i only, whatever the batch or chunk size; None draws one from torch's global
             generator.
         noise: a source of noise in place of `RowNoise(seed)`, such as a `BrownianPath`.
-        condition: passed to the network; a tensor with one entry per row is cut with the rows.
+        condition: passed to the network; tensors with one entry per row are cut with the rows.
         batch_size: rows solved at a time; all if None.
         trajectory: whether to keep the states at all times.
         progress: whether to show a bar.
@@ -197,12 +229,19 @@ def sample(
         raise ShapeError(f"shape must be (batch, *event) with positive whole numbers; got {shape}.")
     shape = tuple(shape)
     grid = grid_for(model, solver, steps, times, t_min, direction=-1)
+    if x_init is None and not starts_at_prior(model, grid[0]):
+        raise TimeError(
+            f"times starts at {grid[0]:g}, but the prior is that of t_max = {model.sde.t_max:g}: start there, or pass "
+            "x_init, states at the first time."
+        )
     if x_init is not None:
         check_state(x_init, "x_init")
         if tuple(x_init.shape) != shape:
             raise ShapeError(f"x_init has shape {tuple(x_init.shape)}, but shape = {shape} was asked for.")
-    like = _like(model, x_init, shape, dtype, device)
+    like = like_state(model, x_init, shape, dtype, device)
     prior = None if x_init is not None else model.sde.prior(shape[1:], dtype=like.dtype)
+    if final == "denoise" and prior is None:
+        _ = model.linear  # a model without a denoised mean is refused before anything is computed
     if seed is not None and noise is not None:
         raise OptionError("Give either seed=... or noise=..., not both.")
     noise = RowNoise(fresh_seed() if seed is None else seed) if noise is None else noise
@@ -249,7 +288,9 @@ def encode(
     solver = TorchDiffEq() if solver is None else solver
     check_arguments(model, solver)
     check_state(x)
-    if solver.process(model).noisy:
+    if x.shape[0] == 0:
+        raise ShapeError("encode needs at least one row; got x with 0 rows.")
+    if not solver.deterministic:
         raise CapabilityError(
             f"encode follows the probability-flow ODE, but {solver} adds noise: use a deterministic solver such as "
             "TorchDiffEq(), Heun() or DDIM()."
@@ -261,7 +302,7 @@ def encode(
     )  # fmt: skip
 
 
-def _like(
+def like_state(
     model: ScoreModel,
     x_init: State | None,
     shape: tuple[int, ...],
@@ -269,7 +310,7 @@ def _like(
     device: torch.device | str | None,
 ) -> Tensor:
     """An empty state of the dtype and device to work in."""
-    source = x_init
+    source: Tensor | None = x_init
     if source is None and isinstance(model.network, torch.nn.Module):
         source = next((p for p in model.network.parameters() if p.is_floating_point()), None)
     if source is None:
@@ -299,11 +340,9 @@ def _run(
     outputs, paths, nfe = [], [], 0
     tally = Tally()
     bar = tqdm(total=len(chunks) * (len(grid) - 1), unit="step", disable=not progress, leave=False)
-    with bar:
+    with bar, evaluating(model.network):
         for rows in chunks:
-            bound, counter = counted(model)
-            if condition is not None:
-                bound = bound.given(rows_of(condition, rows, batch))
+            bound, counter = bound_rows(model, condition, rows, batch)
             run = _Run(solver, solver.process(bound), grid, keep, bar if progress else None, counter)
             stream = noise.open(rows.start)
             start = begin(rows, stream)

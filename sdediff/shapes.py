@@ -9,6 +9,7 @@ Schedule coefficients are computed in float64 on the clock that `as_time` return
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
@@ -26,7 +27,7 @@ Time: TypeAlias = Tensor | float
 """A time: a float, a tensor `()`, or a tensor `(batch,)`."""
 
 
-def as_float64(c: Tensor | float) -> Tensor:
+def as_float64(c: Tensor | float | Sequence[float]) -> Tensor:
     """A time or a coefficient as a float64 tensor.
 
     A device without float64 (Apple's MPS) hands it to the CPU; `over` brings coefficients back.
@@ -38,7 +39,7 @@ def as_float64(c: Tensor | float) -> Tensor:
     return c.to(torch.float64)
 
 
-def as_time(t: Time) -> Tensor:
+def as_time(t: Time | Sequence[float]) -> Tensor:
     """The time as a float64 tensor, the clock in which all schedule coefficients are computed."""
     return as_float64(t)
 

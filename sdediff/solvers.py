@@ -50,6 +50,11 @@ class Solver(ABC):
     default_steps: ClassVar[int] = 100
     order: ClassVar[int] = 1
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether it draws no noise, so that its path can be followed back."""
+        return self.noise_level == 0
+
     def process(self, model: ScoreModel) -> Reverse:
         """The process that this solver solves for a model."""
         return Reverse(model, self.noise_level)
@@ -98,13 +103,13 @@ def refuse_noise(process: SDE, solver: Solver) -> None:
         )
 
 
-def refuse_singular_start(process: SDE, times: Grid, solver: Solver) -> None:
+def refuse_singular_start(process: SDE, x: State, times: Grid, solver: Solver) -> None:
     """Refuse a noisy reverse process that starts from pure noise, where alpha = 0 and g is infinite.
 
     Raises:
         CapabilityError: it does.
     """
-    if isinstance(process, Reverse) and process.noisy and not process.diffusion(times[0], times[:1]).isfinite().all():
+    if isinstance(process, Reverse) and process.noisy and not process.diffusion(times[0], x[:1]).isfinite().all():
         raise CapabilityError(
             f"The diffusion of {process.sde} is infinite at t = {times[0]:g}, where alpha is 0. {solver} "
             "cannot start there: give times= that start below, or use DDPM() or DDIM(eta), which are exact there."

@@ -8,6 +8,7 @@ therefore, number for number, the run that never stopped.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,8 @@ def fit(
 
     Args:
         model: its network must be an `nn.Module`.
-        data: a tensor `(n, *event)`, or a map-style dataset whose items are events or pairs `(event, condition)`.
+        data: a tensor `(n, *event)`, or a map-style dataset whose items are events or pairs `(event, condition)`; cast
+            to the dtype of the parameters.
         steps: optimisation steps in all, those before a resume included.
         batch_size: rows a step.
         lr: peak learning rate, reached after `warmup` steps; with `decay`, it then falls to zero along a cosine.
@@ -117,21 +119,24 @@ def fit(
         raise OptionError("data has 0 rows; there is nothing to learn from.")
     if device is not None:
         network.to(device)
-    home = next(network.parameters()).device
+    home, dtype = parameters[0].device, parameters[0].dtype
     averaged = AveragedModel(network, multi_avg_fn=_ema(ema), use_buffers=True)
     adapt = torch.optim.Adam(parameters, lr=lr) if optimizer is None else optimizer(parameters)
     peaks = [group["lr"] for group in adapt.param_groups]
     losses: list[float] = []
     settings = {
         "batch_size": batch_size, "lr": lr, "weighting": weighting, "ema": ema, "clip": clip, "warmup": warmup,
-        "decay": decay, "prediction": model.prediction, "sigma_data": model.sigma_data, "sde": repr(model.sde),
-        "rows": len(items), "optimizer": type(adapt).__name__, "condition": condition is not None,
+        "decay": decay, "prediction": model.prediction, "sigma_data": model.sigma_data, "sde": _fingerprint(model),
+        "rows": len(items), "data": _digest(data), "optimizer": type(adapt).__name__,
+        "condition": condition is not None,
     }  # fmt: skip
     if decay:
         settings["steps"] = steps
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None and (folder / "training.json").exists():
         seed, losses = _resume(folder, network, averaged, adapt, settings, seed)
+        if len(losses) > steps:
+            raise CheckpointError(f"{folder} holds a run of {len(losses)} steps; steps = {steps} asks for fewer.")
     seed = fresh_seed() if seed is None else seed
     order = _Order(len(items), batch_size, seed)
     network.train()
@@ -144,6 +149,7 @@ def fit(
                 group["lr"] = peak * factor
             torch.manual_seed(mix(seed, 11, k) >> 2)
             x0, labels = _collate(items, order.rows(k), home)
+            x0 = x0.to(dtype)
             values = denoising(model, x0, weighting=weighting, condition=labels)
             loss = values.mean()
             adapt.zero_grad(set_to_none=True)
@@ -175,6 +181,21 @@ def fit(
         network, model.sde, model.prediction, model.time, model.sigma_data, model.condition,
         losses=torch.tensor(losses, dtype=torch.float64),
     )  # fmt: skip
+
+
+def _fingerprint(model: ScoreModel) -> str:
+    """The SDE in words and in numbers: one of the user's own may have no telling name."""
+    sde = model.linear
+    times = torch.linspace(sde.t_min, sde.t_max, 9, dtype=torch.float64)
+    scales = [f"{value:.9g}" for row in sde.scales_at(times) for value in row.tolist()]
+    return f"{sde}: {sde.t_min:g} to {sde.t_max:g}, scales {' '.join(scales)}"
+
+
+def _digest(data: object) -> str | None:
+    """A digest of a data tensor; None for a dataset, which may change from access to access."""
+    if not isinstance(data, Tensor):
+        return None
+    return hashlib.sha256(data.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def _rate(k: int, steps: int, warmup: int, decay: bool) -> float:

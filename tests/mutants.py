@@ -116,7 +116,7 @@ MUTANTS = [
     *_of(
         "grids",
         "grids",
-        ("(-sde.log_snr(t) / (2 * rho)).exp()", "(-sde.log_snr(t) / rho).exp()"),
+        ("(-linear.log_snr(t) / (2 * rho)).exp()", "(-linear.log_snr(t) / rho).exp()"),
         (
             "return _even(sde, n, t_min, torch.sqrt, torch.square)",
             "return _even(sde, n, t_min, torch.square, torch.sqrt)",

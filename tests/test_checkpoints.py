@@ -430,3 +430,7 @@ def test_a_run_resumed_with_another_optimizer_is_refused(tmp_path):
     run(2, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
     with pytest.raises(CheckpointError, match="optimizer"):
         run(4, torch.optim.Adam)
+
+
+def test_a_loaded_network_is_in_evaluation_mode(tmp_path):
+    assert not sd.load(saved(tmp_path)).network.training

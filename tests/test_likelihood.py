@@ -193,3 +193,70 @@ def test_bits_per_dim_is_the_log_density_in_bins_of_the_declared_width():
     exact = -(density.sum((1, 2)) / 6 + math.log(0.125)) / math.log(2)
     assert ((result.value - exact).abs() < 5 * result.stderr + 2e-3).all()
     assert result.stderr.max() < 0.05
+
+
+def test_networks_that_hide_their_dependence_on_x_are_refused():
+    target = gaussian(2)
+    model = target.model(sd.VP())
+    x = target.sample(3, seed=0)
+
+    @torch.no_grad()
+    def hidden(x, t):
+        return model.network(x, t)
+
+    with pytest.raises(sd.CapabilityError, match="create_graph=True"):
+        sd.log_prob(sd.ScoreModel(hidden, sd.VP(), "v"), x)
+
+    def energy(x, t):  # the score as the gradient of an energy, differentiable again
+        with torch.enable_grad():
+            at = x if x.requires_grad else x.detach().requires_grad_()
+            log_p = target.marginal(sd.VP(), t[0]).log_prob(at).sum()
+            return torch.autograd.grad(log_p, at, create_graph=True)[0]
+
+    a = sd.log_prob(sd.ScoreModel(energy, sd.VP(), "score"), x).value
+    torch.testing.assert_close(a, sd.log_prob(model, x).value, rtol=1e-3, atol=1e-3)
+    constant = sd.ScoreModel(lambda x, t: torch.ones_like(x), sd.VP(), "data")
+    assert sd.log_prob(constant, x).value.isfinite().all()
+
+
+def test_a_grid_that_ends_elsewhere_needs_its_own_prior():
+    target = gaussian(2)
+    model, x, times = target.model(sd.VP()), target.sample(3, seed=0), torch.tensor([1e-5, 0.2], dtype=F64)
+    with pytest.raises(sd.TimeError, match="pass prior="):
+        sd.log_prob(model, x, times=times)
+    result = sd.log_prob(model, x, times=times, solver=TIGHT, prior=target.marginal(sd.VP(), 0.2))
+    exact = target.marginal(sd.VP(), 1e-5).log_prob(x)
+    torch.testing.assert_close(result.value, exact, rtol=0, atol=1e-4)
+    assert result.prior_gap.isnan().all()
+
+
+def test_a_nonlinear_sde_has_a_likelihood_when_the_prior_is_given():
+    """The stationary density of dx = -x^3 dt + sqrt(2) dw, whose flow stands still."""
+
+    class Cubic(sd.SDE):
+        def drift(self, t, x):
+            return -(x**3)
+
+        def diffusion(self, t, x):
+            return 2**0.5
+
+    class Quartic:
+        def log_prob(self, x):
+            return -(x**4).sum(1) / 4
+
+    model = sd.ScoreModel(lambda x, t: -(x**3), Cubic(), prediction="score")
+    x = torch.tensor([[0.5], [-1.0]], dtype=F64)
+    torch.testing.assert_close(
+        sd.log_prob(model, x, prior=Quartic()).value, Quartic().log_prob(x), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_likelihoods_in_inference_mode_and_of_networks_of_another_dtype():
+    target = gaussian(2)
+    model, x = target.model(sd.VP()), target.sample(3, seed=0)
+    plain = sd.log_prob(model, x).value
+    with torch.inference_mode():
+        assert torch.equal(sd.log_prob(model, x.clone()).value, plain)
+    network = sd.networks.MLP((2,)).double()
+    codes = torch.randint(0, 4, (3, 2))
+    assert sd.bits_per_dim(sd.ScoreModel(network, sd.VP()), codes, levels=4, seed=0).value.dtype == F64

@@ -414,15 +414,6 @@ OPTIONS = [
         id="distribution of probes",
     ),
     case(
-        OptionError, lambda: sd.bits_per_dim(MODEL, codes(1)), "levels=", "dequantize='uniform'", id="undeclared levels"
-    ),
-    case(
-        OptionError,
-        lambda: sd.bits_per_dim(MODEL, codes(1), levels=4),
-        "dequantize='uniform'",
-        id="undeclared dequantisation",
-    ),
-    case(
         OptionError,
         lambda: sd.bits_per_dim(MODEL, codes(1), levels=4, dequantize="normal"),
         "'normal'",

@@ -1,3 +1,6 @@
+import dataclasses
+import pickle
+
 import pytest
 import torch
 from helpers import TwoFunctions, name, scalar_target
@@ -182,3 +185,86 @@ def test_a_solver_is_reusable_and_stateless():
     a = sd.sample(model, (3, 3), solver=solver, steps=5, seed=0).x
     sd.sample(model, (9, 3), solver=solver, steps=3, seed=1)
     assert torch.equal(sd.sample(model, (3, 3), solver=solver, steps=5, seed=0).x, a)
+
+
+def test_inference_mode_changes_nothing():
+    model = GAUSSIAN.model(sd.VP())
+    for solver in (sd.Heun(), sd.DDIM(), sd.TorchSDE("srk")):
+        plain = sd.sample(model, (4, 3), solver=solver, steps=6, seed=0).x
+        with torch.inference_mode():
+            assert torch.equal(sd.sample(model, (4, 3), solver=solver, steps=6, seed=0).x, plain)
+
+
+def test_a_grid_that_starts_elsewhere_needs_its_own_states():
+    model = GAUSSIAN.model(sd.EDM())
+    with pytest.raises(sd.TimeError, match="pass x_init"):
+        sd.sample(model, (2, 3), times=[10.0, 1.0, 0.01], seed=0)
+    x = GAUSSIAN.marginal(sd.EDM(), 10.0).sample(2, seed=0)
+    solution = sd.sample(model, (2, 3), times=[10.0, 1.0, 0.01], x_init=x, seed=0)
+    assert solution.times.tolist() == [10.0, 1.0, 0.01]  # in float64, as given
+
+
+def test_noisy_correctors_do_not_encode():
+    with pytest.raises(sd.CapabilityError, match="adds noise"):
+        sd.encode(GAUSSIAN.model(sd.VP()), torch.zeros(1, 3), solver=sd.PredictorCorrector(sd.DDIM()))
+
+
+def test_the_network_is_evaluated_in_evaluation_mode_and_left_as_it_was():
+    network = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2))
+    network[1].eval()
+    network[2].train()
+    wrapped = Wrapped(network)
+    model = sd.ScoreModel(wrapped, sd.VP())
+    a, b = (sd.sample(model, (3, 2), steps=3, seed=0).x for _ in range(2))
+    network[1].train()
+    assert torch.equal(sd.sample(model, (3, 2), steps=3, seed=0).x, a)
+    assert torch.equal(a, b)
+    assert wrapped.training
+    assert network[1].training
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, t, condition=None):
+        return self.network(x)
+
+
+def test_conditions_fixed_in_the_model_and_inside_containers_are_cut_too():
+    seen = []
+    model = sd.ScoreModel(lambda x, t, condition: seen.append(condition) or x, sd.VP())
+    labels = torch.arange(5)
+    sd.sample(model.given(labels), (5, 2), batch_size=2, steps=1, final="none", seed=0)
+    assert [c.tolist() for c in seen] == [[0, 1], [2, 3], [4]]
+    seen.clear()
+    sd.sample(model, (5, 2), condition={"y": labels, "s": (labels, 1.0)}, batch_size=3, steps=1, final="none", seed=0)
+    assert [(c["y"].tolist(), c["s"][0].tolist(), c["s"][1]) for c in seen] == [
+        ([0, 1, 2], [0, 1, 2], 1.0), ([3, 4], [3, 4], 1.0)
+    ]  # fmt: skip
+
+
+def test_dtypes_of_state_and_network_do_not_leak_into_each_other():
+    seen = []
+    spread = torch.tensor([1.0, 2.0], dtype=F64)
+    model = sd.ScoreModel(lambda x, t: seen.append((x.dtype, t.dtype)) or x * spread, sd.VP())
+    assert sd.sample(model, (2, 2), steps=3, seed=0).x.dtype == torch.float32
+    assert set(seen) == {(torch.float32, torch.float32)}
+    single = sd.ScoreModel(sd.networks.MLP((2,)), sd.VP())
+    wide = sd.sample(single, (2, 2), x_init=torch.zeros(2, 2, dtype=F64), steps=3, seed=0).x
+    assert wide.dtype == F64
+    narrow = sd.sample(single, (2, 2), x_init=torch.zeros(2, 2), steps=3, seed=0).x
+    torch.testing.assert_close(wide.float(), narrow, rtol=1e-3, atol=1e-3)
+
+
+def test_solvers_and_oracles_can_be_copied_and_pickled():
+    for solver in (sd.TorchDiffEq(max_num_steps=99), sd.TorchSDE("srk"), sd.DDIM(0.3), sd.Heun(churn=1.0)):
+        assert pickle.loads(pickle.dumps(solver)) == solver
+        assert dataclasses.replace(solver) == solver
+        hash(solver)
+    assert dataclasses.replace(sd.TorchDiffEq(), rtol=1e-8) == sd.TorchDiffEq(rtol=1e-8)
+    model = GAUSSIAN.model(sd.VP())
+    again = pickle.loads(pickle.dumps(model))
+    x = GAUSSIAN.sample(2, seed=0)
+    assert torch.equal(again.score(0.3, x), model.score(0.3, x))

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import NAMED, TwoFunctions, name
@@ -288,3 +289,24 @@ def test_coefficients_serve_rows_with_times_of_their_own(sde, event):
     torch.testing.assert_close(drift, -factor * x)
     torch.testing.assert_close(sd.over(diffusion, x).expand(x.shape), factor.expand(x.shape))
     sd.testing.check_sde(sde)
+
+
+def test_scales_that_torch_cannot_differentiate_are_refused():
+    class Table(sd.LinearSDE):
+        t_min = 1e-3
+
+        def scales(self, t):
+            b = torch.from_numpy(np.interp(t.detach().numpy(), [0, 1], [0, 10]))
+            return (-b / 2).exp(), (-torch.expm1(-b)).sqrt()
+
+    with pytest.raises(sd.SDEError, match="changes with t, but its derivative by torch is 0"):
+        sd.as_linear(Table())
+
+
+@pytest.mark.parametrize("sde", [sd.VP(), sd.SigmoidVP(), sd.CosineVP(), sd.VP().discretize(20)], ids=name)
+def test_rates_are_finite_at_the_data(sde):
+    a, g = sde.rates(torch.tensor([0.0, 1e-6], dtype=F64))
+    assert (g > 0).all()
+    torch.testing.assert_close(a[0], a[1], rtol=1e-3, atol=0)
+    torch.testing.assert_close(g[0], g[1], rtol=1e-3, atol=0)
+    torch.testing.assert_close(g**2, -2 * a)

@@ -171,3 +171,25 @@ def test_checks_do_not_need_hypothesis(monkeypatch):
     with pytest.raises(sd.MissingExtraError, match=r"sdediff\[test\]"):
         testing.__getattr__("linear_sdes")
     check_sde(sd.VP(), (checks.snr_falls,))
+
+
+class Decays(sd.SDE):
+    t_max = 10.0
+
+    def drift(self, t, x):
+        return -x
+
+    def diffusion(self, t, x):
+        return 2**0.5
+
+
+class Jumps(sd.LinearSDE):
+    t_min = 1e-3
+
+    def rates(self, t):
+        return -torch.ones_like(t), torch.where(t < 0.5, 1.0, 3.0)
+
+
+@pytest.mark.parametrize("sde", [Decays(), sd.VP(beta_max=60.0), Jumps()], ids=name)
+def test_unusual_but_right_sdes_pass(sde):
+    check_sde(sde)

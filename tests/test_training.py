@@ -558,3 +558,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows():
         quick(small(), rows)
     assert caught.value.step == 0
     assert len(caught.value.rows) == 1
+
+
+def test_a_resume_notices_another_sde_other_data_and_fewer_steps(tmp_path):
+    class Mine(sd.LinearSDE):
+        def __init__(self, b):
+            self.b = b
+
+        def scales(self, t):
+            return (-self.b * t / 2).exp(), (-torch.expm1(-self.b * t)).sqrt()
+
+    def run(b=10.0, rows=None, steps=6):
+        torch.manual_seed(0)
+        model = sd.ScoreModel(sd.networks.MLP((2,), width=8, depth=1), Mine(b))
+        rows = torch.linspace(-1, 1, 40).reshape(20, 2) if rows is None else rows
+        return sd.fit(model, rows, steps=steps, batch_size=5, decay=False, seed=0, progress=False, checkpoint=tmp_path)
+
+    run()
+    for change, word in (({"b": 20.0}, "sde was"), ({"rows": torch.ones(20, 2)}, "data was"), ({"steps": 3}, "fewer")):
+        with pytest.raises(sd.CheckpointError, match=word):
+            run(**change)
+    run(steps=8)
+
+
+def test_data_of_another_dtype_is_cast_to_the_network():
+    model = sd.ScoreModel(sd.networks.MLP((2,), width=8, depth=1), sd.VP())
+    trained = sd.fit(model, torch.zeros(20, 2, dtype=torch.float64), steps=2, batch_size=5, seed=0, progress=False)
+    assert trained.losses.isfinite().all()
