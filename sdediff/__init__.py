@@ -12,6 +12,8 @@ from sdediff import networks as networks
 from sdediff import testing as testing
 from sdediff.adapters import TorchDiffEq as TorchDiffEq
 from sdediff.adapters import TorchSDE as TorchSDE
+from sdediff.bits import BitsPerDim as BitsPerDim
+from sdediff.bits import bits_per_dim as bits_per_dim
 from sdediff.errors import CapabilityError as CapabilityError
 from sdediff.errors import CheckFailure as CheckFailure
 from sdediff.errors import CheckpointError as CheckpointError
@@ -24,10 +26,8 @@ from sdediff.errors import ShapeError as ShapeError
 from sdediff.errors import TimeError as TimeError
 from sdediff.langevin import Langevin as Langevin
 from sdediff.langevin import PredictorCorrector as PredictorCorrector
-from sdediff.likelihood import BitsPerDim as BitsPerDim
 from sdediff.likelihood import Hutchinson as Hutchinson
 from sdediff.likelihood import LogProb as LogProb
-from sdediff.likelihood import bits_per_dim as bits_per_dim
 from sdediff.likelihood import log_prob as log_prob
 from sdediff.linear import LinearSDE as LinearSDE
 from sdediff.linear import as_linear as as_linear

@@ -46,16 +46,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     os.replace(beside, path)
 
 
+def _require(path: Path) -> None:
+    if not path.exists():
+        raise CheckpointError(
+            f"There is no {path.name} in {path.parent}: it is not a checkpoint, or an incomplete one."
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of a checkpoint.
 
     Raises:
         CheckpointError: missing or damaged.
     """
-    if not path.exists():
-        raise CheckpointError(
-            f"There is no {path.name} in {path.parent}: it is not a checkpoint, or an incomplete one."
-        )
+    _require(path)
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -71,10 +75,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: missing or damaged.
     """
-    if not path.exists():
-        raise CheckpointError(
-            f"There is no {path.name} in {path.parent}: it is not a checkpoint, or an incomplete one."
-        )
+    _require(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

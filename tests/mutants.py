@@ -182,8 +182,6 @@ MUTANTS = [
         ("integrals.std(1) / math.sqrt(integrals.shape[1])", "integrals.std(1)"),
         ("integrals.mean(1))", "integrals.sum(1))"),
         ("model.linear.log_snr(model.sde.t_max).exp() / 2", "model.linear.log_snr(model.sde.t_max).exp()"),
-        ("width = (high - low) / levels", "width = (high - low) / (levels - 1)"),
-        ("result.value.double() / size + math.log(width)", "result.value.double() / size - math.log(width)"),
         ("torch.where(normal < 0, -1.0, 1.0)", "torch.where(normal < 0, -1.0, 2.0)"),
     ),
     *_of(
@@ -214,6 +212,12 @@ MUTANTS = [
             "state = (state ^ (part & _MASK)) + 0x9E3779B97F4A7C15 & _MASK",
             "state = (state ^ (part & 0xFF)) + 0x9E3779B97F4A7C15 & _MASK",
         ),
+    ),
+    *_of(
+        "bits",
+        "bits",
+        ("width = (high - low) / levels", "width = (high - low) / (levels - 1)"),
+        ("result.value.double() / size + math.log(width)", "result.value.double() / size - math.log(width)"),
     ),
     *_of(
         "losses",
