@@ -276,7 +276,7 @@ def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None], progr
     with stage("report", f"Writing figures and report into {folder}"):
         result = DemoResult(folder, rows, floor, bits, curves, model.losses, seconds, process=repr(model.sde))
         for name, figure in _figures(model, reference, samples, result, settings).items():
-            figure.savefig(folder / f"{name}.png")
+            figure.savefig(folder / f"{name}.png", bbox_inches="tight")
         write_report(result, settings, len(codes), len(test_codes))
     say(f"Done in {sum(seconds.values()):.0f} s: open {folder / 'report.html'}")
     return result
