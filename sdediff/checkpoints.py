@@ -98,7 +98,7 @@ def _describe_sde(sde: SDE) -> dict[str, Any] | None:
     kind = type(sde).__name__
     if getattr(processes, kind, None) is not type(sde):
         return None
-    arguments = {f.name: getattr(sde, f.name) for f in fields(sde) if f.init}  # type: ignore[arg-type]
+    arguments = {f.name: getattr(sde, f.name) for f in fields(sde) if f.init}  # type: ignore[arg-type]  # every named process is a dataclass
     return {
         "kind": kind,
         "arguments": {name: v.tolist() if isinstance(v, Tensor) else v for name, v in arguments.items()},
