@@ -316,6 +316,17 @@ MUTANTS = [
         ("_ROUNDING = 2e-14", "_ROUNDING = 2e-4"),
         ("_DEEPEST = 48", "_DEEPEST = 4"),
     ),
+    *_of("processes", "processes", ("return -beta / 2, beta.sqrt()", "return -beta, beta.sqrt()")),
+    *_of("sampling", "sampling", ("    network.eval()\n    try:", "    try:")),
+    *_of(
+        "sampling", "likelihood", ("return abs(t.item() - model.sde.t_max) <= SLACK * model.sde.t_max", "return True")
+    ),
+    *_of("linear", "sampling", ("with torch.inference_mode(False), torch.enable_grad():", "with torch.enable_grad():")),
+    *_of(
+        "sde",
+        "sde",
+        ("diffusion.reshape(() if diffusion.numel() == 1", "2 * diffusion.reshape(() if diffusion.numel() == 1"),
+    ),
 ]
 
 
