@@ -18,6 +18,7 @@ Stochastic Differential Equations, 2019.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,8 @@ from torch.distributions import Distribution, Independent, Normal
 
 from sdediff.errors import SDEError, ShapeError, TimeError
 from sdediff.moments import Moments
-from sdediff.sde import SDE, SLACK
-from sdediff.shapes import State, Time, as_float64, as_time, check_state, over
+from sdediff.sde import SDE, SLACK, Along
+from sdediff.shapes import Grid, State, Time, as_float64, as_time, check_state, over
 
 if TYPE_CHECKING:
     from sdediff.model import ScoreModel
@@ -228,17 +229,28 @@ class LinearSDE(SDE):
     def coefficients(self, t: Tensor, x: State) -> tuple[State, Tensor]:
         return self.drift(t, x), self.diffusion(t, x)
 
+    def along(self, times: Grid) -> Along:
+        drift_rates, diffusions = (as_float64(rate).expand(times.shape).tolist() for rate in self.rates(times))
+        return Along(lambda k, x: drift_rates[k] * x, lambda k, x: diffusions[k])
+
     def advance(self, s: Tensor, t: Tensor, x: State, normal: State) -> State:
         scale, std = self.transition(s, t)
         return over(scale, x) * x + over(std, x) * normal
 
     def reverse_drift(self, t: Tensor, x: State, model: ScoreModel, noise_level: float) -> State:
         t = as_time(t)
+        return model.combine(t, x, *self._reverse_pair(t, noise_level))
+
+    def reverse_along(self, times: Grid, model: ScoreModel, noise_level: float) -> Callable[[int, State], State]:
+        return model.combined(times, *self._reverse_pair(times, noise_level))
+
+    def _reverse_pair(self, t: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
+        """`(m, n)` with reverse drift `m E[x_0 | x] + n E[eps | x]`."""
         d_alpha, d_sigma = self.scale_rates(t)
         if noise_level:  # g^2 / (2 sigma) = sigma' - sigma alpha' / alpha
             alpha, sigma = self.scales_at(t)
             d_sigma = d_sigma + noise_level**2 * (d_sigma - sigma * d_alpha / alpha)
-        return model.combine(t, x, d_alpha, d_sigma)
+        return d_alpha, d_sigma
 
     def clock(self, t: Tensor) -> Tensor:
         return -self.log_snr(t)

@@ -36,7 +36,7 @@ from torch import Tensor
 from sdediff.errors import CapabilityError, OptionError, SDEError, ShapeError
 from sdediff.linear import LinearSDE, as_linear
 from sdediff.sde import SDE
-from sdediff.shapes import State, Time, as_time, check_state, over, per_row
+from sdediff.shapes import Grid, State, Time, as_time, check_state, over, per_row
 
 Combination = tuple[Tensor, Tensor]
 """`(m, n)` of `m E[x_0 | x] + n E[eps | x]`, float64, `()` or `(batch,)` or a grid."""
@@ -212,19 +212,45 @@ class ScoreModel:
         check_state(x)
         clock = per_row(as_time(t), x)
         self.sde.check_span(clock)
-        condition = self.condition if condition is None else condition
-        inputs = x
-        seen = clock
+        scale, seen = self._inputs(clock)
+        model = self if condition is None else self.given(condition)
+        return model._call(x if scale is None else x / over(scale, x), seen, x)
+
+    def along(self, times: Grid) -> Callable[[int, State], State]:
+        """`(k, x) -> predict(times[k], x)` for the times of a grid, with all that depends on time computed once."""
+        self.sde.check_span(times, "times")
+        scale, seen = self._inputs(times)
+        scales = None if scale is None else scale.reciprocal().tolist()
+        clocks: list[Tensor] = []
+
+        def at(k: int, x: State) -> State:
+            if not clocks or len(clocks[0]) != len(x):
+                clocks[:] = seen.to(x.device)[:, None].expand(-1, len(x)).unbind()
+            return self._call(x if scales is None else scales[k] * x, clocks[k], x)
+
+        return at
+
+    def combined(self, times: Grid, m: Tensor, n: Tensor) -> Callable[[int, State], State]:
+        """`(k, x) -> combine(times[k], x, m[k], n[k])` for the times of a grid, likewise; m and n are as `times`."""
+        from_x, from_output = (column.tolist() for column in self.weights(times, m, n))
+        output = self.along(times)
+        return lambda k, x: (from_x[k] * x).add(output(k, x), alpha=from_output[k])
+
+    def _inputs(self, clock: Tensor) -> tuple[Tensor | None, Tensor]:
+        """What x is divided by before the network sees it, if by anything, and the times that it sees."""
+        scale, seen = None, clock
         if self.prediction == "edm":
             alpha, sigma = self.linear.scales_at(clock)
-            inputs = x / over((sigma**2 + (alpha * self.sigma_data) ** 2).sqrt(), x)
+            scale = (sigma**2 + (alpha * self.sigma_data) ** 2).sqrt()
             seen = (sigma / alpha).log() / 4
-        if self.time is not None:
-            seen = self.time(clock)
+        return scale, seen if self.time is None else self.time(clock)
+
+    def _call(self, inputs: State, seen: Tensor, x: State) -> State:
+        """The network's output, in the dtype of x."""
         dtype = _dtype_of(self.network) or x.dtype
-        inputs = inputs.to(dtype)
         seen = seen.to(x.device, dtype) if seen.is_floating_point() else seen.to(x.device)
-        output = self.network(inputs, seen) if condition is None else self.network(inputs, seen, condition)
+        arguments = (inputs.to(dtype), seen) if self.condition is None else (inputs.to(dtype), seen, self.condition)
+        output = self.network(*arguments)
         if not isinstance(output, Tensor) or output.shape != x.shape:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ShapeError(f"The network must return a tensor shaped as x, {tuple(x.shape)}; it returned {got}.")

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from sdediff.errors import OptionError
 from sdediff.model import ScoreModel
-from sdediff.sde import SDE
-from sdediff.shapes import State, as_float64
+from sdediff.sde import SDE, Along
+from sdediff.shapes import Grid, State, as_float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,3 +74,10 @@ class Reverse(SDE):
         if not self.noisy:
             return torch.zeros((), dtype=torch.float64)
         return self.noise_level * as_float64(self.sde.diffusion(t, x))
+
+    def along(self, times: Grid) -> Along:
+        drift = self.sde.reverse_along(times, self.model, self.noise_level)
+        if not self.noisy:
+            return Along(drift, lambda k, x: 0.0)
+        diffusion = self.sde.along(times).diffusion
+        return Along(drift, lambda k, x: self.noise_level * diffusion(k, x))

@@ -24,7 +24,7 @@ from sdediff.errors import CapabilityError, OptionError
 from sdediff.noise import NoiseStream
 from sdediff.sde import SDE
 from sdediff.shapes import Grid, State, over
-from sdediff.solvers import Solver, Step, euler_step, model_of, refuse_noise, refuse_singular_start
+from sdediff.solvers import Solver, Step, euler_steps, model_of, refuse_noise, refuse_singular_start
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class EulerMaruyama(Solver):
 
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
         refuse_singular_start(process, x, times, self)
-        return lambda i, x: euler_step(process, x, times[i], times[i + 1], noise)
+        return euler_steps(process, times, noise)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ Applied Stochastic Differential Equations, 2019.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ from torch.distributions import Distribution
 
 from sdediff.errors import CapabilityError, TimeError
 from sdediff.noise import RowNoise
-from sdediff.shapes import State, Trajectory, as_float64, as_time, check_state, over, per_row
+from sdediff.shapes import Grid, State, Trajectory, as_float64, as_time, check_state, over, per_row
 
 if TYPE_CHECKING:
     from sdediff.linear import LinearSDE
@@ -28,6 +30,14 @@ if TYPE_CHECKING:
 
 SLACK = 1e-6
 """How far beyond its span, relative to t_max, a time may lie: the rounding of float32 clocks."""
+
+
+@dataclass(frozen=True)
+class Along:
+    """A process at the times of a grid: `drift(k, x)` and `diffusion(k, x)` are those at `times[k]`."""
+
+    drift: Callable[[int, State], State]
+    diffusion: Callable[[int, State], Tensor | float]
 
 
 class SDE(ABC):
@@ -71,6 +81,10 @@ class SDE(ABC):
             rows = [one_row(*pair) for pair in zip(t, x, strict=True)]
             return torch.stack([drift for drift, _ in rows]), torch.stack([diffusion for _, diffusion in rows])
 
+    def along(self, times: Grid) -> Along:
+        """The process at the times of a grid; override where what depends on time only can be computed at once."""
+        return Along(lambda k, x: self.drift(times[k], x), lambda k, x: self.diffusion(times[k], x))
+
     @property
     def noisy(self) -> bool:
         """Whether the process has noise at all; a solver draws none where it has not."""
@@ -86,6 +100,10 @@ class SDE(ABC):
         """Drift of the equal-marginal process `f - (1 + noise_level^2) / 2 g^2 score`."""
         drift, diffusion = self.coefficients(t, x)
         return drift - over((1 + noise_level**2) / 2 * as_float64(diffusion) ** 2, x) * model.score(t, x)
+
+    def reverse_along(self, times: Grid, model: ScoreModel, noise_level: float) -> Callable[[int, State], State]:
+        """`(k, x) -> reverse_drift(times[k], x, model, noise_level)` for the times of a grid."""
+        return lambda k, x: self.reverse_drift(times[k], x, model, noise_level)
 
     def clock(self, t: Tensor) -> Tensor:
         """A rising function of t in which even steps suit the process: t itself, or -log SNR where that is known."""

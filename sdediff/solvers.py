@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from sdediff.errors import CapabilityError
 from sdediff.model import ScoreModel
 from sdediff.noise import NoiseStream
@@ -116,8 +114,15 @@ def refuse_singular_start(process: SDE, x: State, times: Grid, solver: Solver) -
         )
 
 
-def euler_step(process: SDE, x: State, t: Tensor, s: Tensor, noise: NoiseStream) -> State:
-    """`x + f(t, x) (s - t) + g(t, x) (W(s) - W(t))`."""
-    drift, diffusion = process.coefficients(t, x)
-    x = x + over(s - t, x) * drift
-    return x + over(diffusion, x) * noise.increment(x, t, s) if process.noisy else x
+def euler_steps(process: SDE, times: Grid, noise: NoiseStream) -> Step:
+    """`x + f(t, x) (s - t) + g(t, x) (W(s) - W(t))` for every step from t to s of a grid."""
+    along = process.along(times)
+    lengths = times.diff().tolist()
+
+    def step(i: int, x: State) -> State:
+        after = x.add(along.drift(i, x), alpha=lengths[i])
+        if process.noisy:
+            after = after + over(along.diffusion(i, x), x) * noise.increment(x, times[i], times[i + 1])
+        return after
+
+    return step

@@ -136,8 +136,8 @@ MUTANTS = [
     *_of(
         "solvers",
         "runge_kutta adapters",
-        ("x = x + over(s - t, x) * drift", "x = x - over(s - t, x) * drift"),
-        ("noise.increment(x, t, s)", "noise.unit(x, t, s)"),
+        ("alpha=lengths[i])", "alpha=-lengths[i])"),
+        ("noise.increment(x, times[i], times[i + 1])", "noise.unit(x, times[i], times[i + 1])"),
     ),
     *_of(
         "runge_kutta",
