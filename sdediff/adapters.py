@@ -3,20 +3,24 @@ r"""Solvers of torchdiffeq and torchsde behind the same `solve`.
 `TorchDiffEq` integrates any deterministic process, in either direction of time, over states of any shape, and lands
 exactly on the grid: adaptive methods are made to step on its points and never past its end.
 
-`TorchSDE` integrates any process of this library with torchsde's methods. torchsde wants flat states and a rising
-clock: the adapter flattens `(batch, *event)`, runs on the clock -t where times fall, and takes one step of the method
-for every step of the grid. The noise is additive, so Ito and Stratonovich methods agree, and the Brownian source is
-this library's (a draw a step, the same row whatever the batch) in place of torchsde's interval tree. Methods that
-ask for the same drift twice (srk, heun) are answered from memory: one network call for every distinct `(t, x)`.
+`TorchSDE` integrates any process of this library with torchsde's methods, one step of the method for every step of the
+grid, flattening `(batch, *event)` to torchsde's `(batch, D)`. The noise is additive, so Ito and Stratonovich methods
+agree, and the Brownian source is this library's (a draw a step, the same row whatever the batch) in place of torchsde's
+interval tree. Methods that ask for the same drift twice (srk) are answered from memory: one network call for every
+distinct `(t, x)`.
+
+A method with fixed steps asks for the process at known parts of a step. These times are all known beforehand, and what
+depends on time only is computed for all of them at once.
 
 References: Chen, torchdiffeq, 2018; Li et al. 2020 (arXiv:2001.01328), torchsde; Roessler 2010, SRA methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,40 +28,79 @@ from torch import Tensor
 from sdediff.errors import CapabilityError, DivergenceError, OptionError
 from sdediff.noise import NoiseStream
 from sdediff.sde import SDE
-from sdediff.shapes import Grid, State, finite_or_raise, over
+from sdediff.shapes import Grid, State, as_float64, finite_or_raise, over
 from sdediff.solvers import Solver, Step, Tally, refuse_noise, refuse_singular_start
 
-# Methods and their orders: of the solution for torchdiffeq, weak with additive noise for torchsde.
+
+class _Method(NamedTuple):
+    """A method with fixed steps: its order (of the solution, or weak with additive noise), and its stages."""
+
+    order: int
+    stages: tuple[float, ...]
+
+
 _ADAPTIVE = {"dopri5": 5, "dopri8": 8, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}
-_FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "explicit_adams": 4, "implicit_adams": 4}
+_FIXED = {
+    "euler": _Method(1, (0.0,)),
+    "midpoint": _Method(2, (0.0, 1 / 2)),
+    "heun2": _Method(2, (0.0, 1.0)),
+    "heun3": _Method(3, (0.0, 1 / 3, 2 / 3)),
+    "rk4": _Method(4, (0.0, 1 / 3, 2 / 3, 1.0)),
+    "explicit_adams": _Method(4, (0.0, 1 / 3, 2 / 3, 1.0)),
+    "implicit_adams": _Method(4, (0.0, 1 / 3, 2 / 3, 1.0)),
+}
+_ORDERS = _ADAPTIVE | {name: method.order for name, method in _FIXED.items()}
 _SDE_METHODS = {
-    "euler": 1, "milstein": 1, "srk": 2, "euler_heun": 1, "heun": 2, "midpoint": 2, "reversible_heun": 2,
-}  # fmt: skip
+    "euler": _Method(1, (0.0,)),
+    "milstein": _Method(1, (0.0,)),
+    "srk": _Method(2, (0.0, 3 / 4, 1.0)),
+    "euler_heun": _Method(1, (0.0, 1.0)),
+    "heun": _Method(2, (0.0, 1.0)),
+    "midpoint": _Method(2, (0.0, 1 / 2)),
+    "reversible_heun": _Method(2, (0.0, 1.0)),
+}
+
+
+class _Stages:
+    """A process at the stages of a method with fixed steps, by the time that the method will ask with.
+
+    A time that was not foreseen, such as those of a finer grid from a backend's own options, is computed when asked.
+    """
+
+    def __init__(self, process: SDE, times: Grid, stages: tuple[float, ...], dtype: torch.dtype) -> None:
+        self._process = process
+        lengths = times.diff()
+        # t + c h as the backends compute it, and the grid itself
+        asked = torch.cat([times, *(times[:-1] + part * lengths for part in stages)])
+        low, high = times.aminmax()
+        self._along = process.along(asked.clamp(low, high))
+        self._index = {t: k for k, t in enumerate(asked.to(dtype).tolist())}
+
+    def drift(self, t: float, x: State) -> State:
+        k = self._index.get(t)
+        return self._process.drift(as_float64(t), x) if k is None else self._along.drift(k, x)
+
+    def diffusion(self, t: float, x: State) -> Tensor | float:
+        k = self._index.get(t)
+        return self._process.diffusion(as_float64(t), x) if k is None else self._along.diffusion(k, x)
 
 
 class _Field:
-    """The drift as torchdiffeq wants it, guarded against NaN.
+    """The drift as adaptive methods want it: guarded against NaN, their steps counted.
 
     Times are held within the grid: the search for a first step tries one that may reach far beyond it.
     """
 
-    def __init__(self, process: SDE, times: Grid) -> None:
+    def __init__(self, process: SDE, times: Grid, tally: Tally) -> None:
         self.process = process
         self.first, self.last = sorted((times[0].item(), times[-1].item()))
+        self.tally = tally
+        tally.accepted, tally.rejected = tally.accepted or 0, tally.rejected or 0
 
     def __call__(self, t: Tensor, x: State) -> State:
         drift = self.process.drift(t.clamp(self.first, self.last), x)
         finite_or_raise(drift, "The drift", step=None, time=t.item())
         return drift
-
-
-class _CountingField(_Field):
-    """The same, counting the steps of an adaptive method."""
-
-    def __init__(self, process: SDE, times: Grid, tally: Tally) -> None:
-        super().__init__(process, times)
-        self.tally = tally
-        tally.accepted, tally.rejected = tally.accepted or 0, tally.rejected or 0
 
     def callback_accept_step(self, t: Tensor, x: State, dt: Tensor) -> None:
         assert self.tally.accepted is not None
@@ -90,9 +133,9 @@ class TorchDiffEq(Solver):
 
     def __init__(self, method: str = "dopri5", rtol: float = 1e-5, atol: float = 1e-5, **options: Any) -> None:
         options = {**options.pop("options", {}), **options}  # as dataclasses.replace passes them
-        if method not in _ADAPTIVE | _FIXED:
+        if method not in _ORDERS:
             raise OptionError(
-                f"Unknown method {method!r} for TorchDiffEq: write one of {', '.join(map(repr, _ADAPTIVE | _FIXED))}."
+                f"Unknown method {method!r} for TorchDiffEq: write one of {', '.join(map(repr, _ORDERS))}."
             )
         if not (rtol > 0 and atol > 0):
             raise OptionError(f"TorchDiffEq needs rtol > 0 and atol > 0; got rtol = {rtol}, atol = {atol}.")
@@ -109,7 +152,7 @@ class TorchDiffEq(Solver):
 
     @property
     def order(self) -> int:  # type: ignore[override]  # the method's
-        return (_ADAPTIVE | _FIXED)[self.method]
+        return _ORDERS[self.method]
 
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
         raise CapabilityError(
@@ -130,10 +173,13 @@ class TorchDiffEq(Solver):
         refuse_noise(process, self)
         tally = Tally() if tally is None else tally
         options: dict[str, Any] = dict(self.options)
-        drift = _Field(process, times)
+        drift: Callable[[Tensor, State], State]
         if self.method in _ADAPTIVE:
-            drift = _CountingField(process, times, tally)
+            drift = _Field(process, times, tally)
             options.setdefault("step_t", times[1:].to(x.device))
+        else:
+            fixed = _Stages(process, times, _FIXED[self.method].stages, x.dtype)
+            drift = lambda t, x: fixed.drift(t.item(), x)  # noqa: E731
         try:
             path = odeint(
                 drift, x, times.to(x.device), method=self.method, rtol=self.rtol, atol=self.atol, options=options
@@ -150,54 +196,63 @@ class TorchDiffEq(Solver):
         yield from path[1:]
 
 
+def _shaped(x: Tensor, shape: torch.Size) -> Tensor:
+    """The tensor in another shape, untouched (which is cheap) where it has it."""
+    return x if x.shape == shape else x.reshape(shape)
+
+
 class _Flat:
-    """A process as torchsde wants it: states `(batch, D)`, a rising clock, additive noise."""
+    """A process as torchsde wants it: states `(batch, D)`, additive noise.
+
+    torchsde's methods take steps of either sign, so the clock is the process's own.
+    """
 
     noise_type = "additive"
 
-    def __init__(self, process: SDE, x: State, sign: float, sde_type: str) -> None:
-        self._process = process
+    def __init__(self, stages: _Stages, x: State, sde_type: str) -> None:
+        self._stages = stages
         self._shape = x.shape
-        self._sign = sign
+        self._last: tuple[float, Tensor, Tensor] | None = None
         self.sde_type = sde_type
-        self._known: list[tuple[float, Tensor, Tensor]] = []
 
-    def f(self, r: Tensor, y: Tensor) -> Tensor:
-        clock = r.item()
-        for time, state, drift in self._known:
-            if time == clock and (state is y or torch.equal(state, y)):
-                return drift
-        drift = self._sign * self._process.drift(self._sign * r, y.reshape(self._shape)).reshape(y.shape)
-        self._known = [*self._known[-3:], (clock, y, drift)]
-        return drift
+    def f(self, t: float, y: Tensor) -> Tensor:
+        if self._last is None or self._last[0] != t or self._last[1] is not y:
+            drift = _shaped(self._stages.drift(t, _shaped(y, self._shape)), y.shape)
+            self._last = t, y, drift
+        return self._last[2]
 
-    def g(self, r: Tensor, y: Tensor) -> Tensor:
-        x = y.reshape(self._shape)
-        return over(self._process.diffusion(self._sign * r, x), x).expand(self._shape).reshape(y.shape)
+    def g(self, t: float, y: Tensor) -> Tensor | float:
+        x = _shaped(y, self._shape)
+        diffusion = self._stages.diffusion(t, x)
+        if not isinstance(diffusion, Tensor):
+            return diffusion
+        return _shaped(over(diffusion, x).expand(self._shape), y.shape)
 
-    def g_prod(self, r: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        return self.g(r, y) * v
+    def g_prod(self, t: float, y: Tensor, v: Tensor) -> Tensor:
+        return self.g(t, y) * v
 
 
 class _Source:
-    """This library's noise as torchsde's Brownian motion."""
+    """This library's noise as torchsde's Brownian motion; it is asked for whole steps of the grid only."""
 
     levy_area_approximation = "space-time"
 
-    def __init__(self, noise: NoiseStream, x: State, sign: float) -> None:
+    def __init__(self, noise: NoiseStream, x: State, times: Grid) -> None:
         self._noise = noise
         self._like = x
-        self._sign = sign
-        self.shape = (x.shape[0], x[0].numel())
+        roots = times.diff().abs().sqrt().tolist()
+        self._steps = dict(zip(times[:-1].tolist(), zip(times[:-1], times[1:], roots, strict=True), strict=True))
+        self.shape = torch.Size((x.shape[0], x[0].numel()))
         self.dtype = x.dtype
         self.device = x.device
 
-    def __call__(self, ta: Tensor, tb: Tensor, return_U: bool = False, return_A: bool = False) -> Any:
-        t, s = self._sign * ta, self._sign * tb
+    def __call__(self, ta: float, tb: float, return_U: bool = False, return_A: bool = False) -> Any:
+        t, s, root = self._steps[ta]
         if not return_U:
-            return self._noise.increment(self._like, t, s).reshape(self.shape)
+            return root * _shaped(self._noise.unit(self._like, t, s), self.shape)
         increment, integral = self._noise.increment_and_integral(self._like, t, s)
-        return increment.reshape(self.shape), integral.reshape(self.shape)
+        # torchsde divides by the step, this library's integral is over |du|
+        return _shaped(increment, self.shape), _shaped(integral, self.shape) * math.copysign(1, tb - ta)
 
 
 @dataclass(frozen=True)
@@ -235,28 +290,30 @@ class TorchSDE(Solver):
 
     @property
     def order(self) -> int:  # type: ignore[override]  # the method's
-        return _SDE_METHODS[self.method]
+        return _SDE_METHODS[self.method].order
 
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
         from torchsde._core import base_sde, methods
 
         refuse_singular_start(process, x, times, self)
-        sign = 1.0 if times[-1] > times[0] else -1.0
         build = methods.select(method=self.method, sde_type="ito")
-        flat = base_sde.ForwardSDE(_Flat(process, x, sign, build.sde_type))
+        stages = _Stages(process, times, _SDE_METHODS[self.method].stages, torch.float64)
+        flat = base_sde.ForwardSDE(_Flat(stages, x, build.sde_type))
         flat.prod = lambda g, v: g * v
         method = build(
-            sde=flat, bm=_Source(noise, x, sign), dt=0.0, adaptive=False, rtol=0.0, atol=0.0, dt_min=0.0,
+            sde=flat, bm=_Source(noise, x, times), dt=0.0, adaptive=False, rtol=0.0, atol=0.0, dt_min=0.0,
             options=dict(self.options),
         )  # fmt: skip
-        clock = (sign * times).to(x.device)
+        clock, flat_shape = times.tolist(), torch.Size((x.shape[0], x[0].numel()))
+        last: list[State] = []  # the state that the method's own memory belongs to
         memory: list[Any] = [None]
 
         def step(i: int, x: State) -> State:
-            y = x.reshape(x.shape[0], -1)
-            if memory[0] is None:
-                memory[0] = method.init_extra_solver_state(clock[0], y)
+            y = _shaped(x, flat_shape)
+            if not last or x is not last[0]:
+                memory[0] = method.init_extra_solver_state(clock[i], y)
             y, memory[0] = method.step(clock[i], clock[i + 1], y, memory[0])
-            return y.reshape(x.shape)
+            last[:] = [_shaped(y, x.shape)]
+            return last[0]
 
         return step

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
+from sdediff.draws import RowDraws, mix
 from sdediff.errors import OptionError, ShapeError
 from sdediff.likelihood import log_prob
 from sdediff.model import ScoreModel
-from sdediff.noise import RowDraws, mix
 from sdediff.sampling import like_state
 from sdediff.sde import fresh_seed
 from sdediff.shapes import Codes, PerRow

@@ -26,13 +26,13 @@ from torch.utils.data import Dataset
 from sdediff import grids, plotting
 from sdediff.adapters import TorchDiffEq, TorchSDE
 from sdediff.bits import bits_per_dim
+from sdediff.draws import mix
 from sdediff.errors import OptionError, optional_import
 from sdediff.langevin import Langevin, PredictorCorrector
 from sdediff.likelihood import Hutchinson
 from sdediff.metrics import energy_distance
 from sdediff.model import ScoreModel
 from sdediff.networks import UNet
-from sdediff.noise import mix
 from sdediff.processes import CosineVP
 from sdediff.report import write_report
 from sdediff.sampling import sample

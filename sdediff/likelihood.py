@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 
 from sdediff.adapters import TorchDiffEq
+from sdediff.draws import RowDraws, mix
 from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
 from sdediff.model import ScoreModel
-from sdediff.noise import RowDraws, RowNoise, mix
+from sdediff.noise import RowNoise
 from sdediff.sampling import (
     bound_rows,
     check_arguments,
@@ -186,8 +187,8 @@ class LogProb:
     latent: State
     nfe: int
     prior_gap: PerRow
-    accepted: int | None = None
-    rejected: int | None = None
+    accepted: Tensor | int | None = None
+    rejected: Tensor | int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 

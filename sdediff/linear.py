@@ -29,7 +29,7 @@ from torch.distributions import Distribution, Independent, Normal
 
 from sdediff.errors import SDEError, ShapeError, TimeError
 from sdediff.moments import Moments
-from sdediff.sde import SDE, SLACK, Along
+from sdediff.sde import SDE, SLACK, Along, Frame
 from sdediff.shapes import Grid, State, Time, as_float64, as_time, check_state, over
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class LinearSDE(SDE):
         """`N(0, sigma(t_max)^2 I)` over events of this shape: the kernel's noise, with what is left of data dropped."""
         dtype = dtype or torch.get_default_dtype()
         std = self.sigma(self.t_max).to(dtype).detach().expand(shape)
-        return Independent(Normal(torch.zeros(shape, dtype=dtype), std), len(shape))
+        return Independent(Normal(torch.zeros(shape, dtype=dtype), std, validate_args=False), len(shape))
 
     def discretize(self, n: int) -> LinearSDE:
         """The variance-preserving process seen at `n` equal steps, as a `DiscreteVP` chain with the same marginals.
@@ -244,6 +244,12 @@ class LinearSDE(SDE):
     def reverse_along(self, times: Grid, model: ScoreModel, noise_level: float) -> Callable[[int, State], State]:
         return model.combined(times, *self._reverse_pair(times, noise_level))
 
+    def reverse_frame(self, times: Grid, model: ScoreModel, noise_level: float) -> Frame:
+        """EDM's variables, `y = x / alpha` and `s = sigma / alpha`: `dy = (1 + noise_level^2) E[eps | x] ds`."""
+        alpha, sigma = self.scales_at(times)
+        noise = model.combined(times, torch.zeros_like(times), torch.full_like(times, 1 + noise_level**2))
+        return Frame(alpha, sigma / alpha, sigma > 0, noise)
+
     def _reverse_pair(self, t: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
         """`(m, n)` with reverse drift `m E[x_0 | x] + n E[eps | x]`."""
         d_alpha, d_sigma = self.scale_rates(t)
@@ -259,8 +265,13 @@ class LinearSDE(SDE):
         return self.time(-u)
 
     def linear(self) -> LinearSDE:
-        self.validate()
+        _ = self._valid
         return self
+
+    @cached_property
+    def _valid(self) -> bool:
+        self.validate()
+        return True
 
     def validate(self) -> None:
         """Refuse scales that break a rule that all else needs: alpha > 0, sigma > 0, SNR strictly falling.

@@ -138,6 +138,11 @@ class ScoreModel:
             object.__setattr__(self, "sde", linear)
 
     @property
+    def is_linear(self) -> bool:
+        """Whether the forward process is linear, so that `linear` answers."""
+        return self._linear is not None
+
+    @property
     def linear(self) -> LinearSDE:
         """The forward process, when it is linear.
 
@@ -154,6 +159,10 @@ class ScoreModel:
     def given(self, condition: Any) -> ScoreModel:
         """This model with its condition fixed."""
         return replace(self, condition=condition)
+
+    def rows(self, index: slice | Tensor, batch: int) -> ScoreModel:
+        """This model for some rows of a batch: tensors of the condition with one entry per row are cut to them."""
+        return self if self.condition is None else self.given(rows_of(self.condition, index, batch))
 
     # The four views.
 
@@ -221,12 +230,16 @@ class ScoreModel:
         self.sde.check_span(times, "times")
         scale, seen = self._inputs(times)
         scales = None if scale is None else scale.reciprocal().tolist()
+        extra = () if self.condition is None else (self.condition,)
         clocks: list[Tensor] = []
 
         def at(k: int, x: State) -> State:
-            if not clocks or len(clocks[0]) != len(x):
-                clocks[:] = seen.to(x.device)[:, None].expand(-1, len(x)).unbind()
-            return self._call(x if scales is None else scales[k] * x, clocks[k], x)
+            dtype = _dtype_of(self.network) or x.dtype
+            if not clocks or clocks[0].shape != x.shape[:1]:
+                cast = seen.to(x.device, dtype) if seen.is_floating_point() else seen.to(x.device)
+                clocks[:] = cast[:, None].expand(-1, x.shape[0]).unbind()
+            inputs = x if scales is None else scales[k] * x
+            return self._checked(self.network(_in(inputs, dtype), clocks[k], *extra), x)
 
         return at
 
@@ -249,12 +262,30 @@ class ScoreModel:
         """The network's output, in the dtype of x."""
         dtype = _dtype_of(self.network) or x.dtype
         seen = seen.to(x.device, dtype) if seen.is_floating_point() else seen.to(x.device)
-        arguments = (inputs.to(dtype), seen) if self.condition is None else (inputs.to(dtype), seen, self.condition)
-        output = self.network(*arguments)
+        extra = () if self.condition is None else (self.condition,)
+        return self._checked(self.network(_in(inputs, dtype), seen, *extra), x)
+
+    @staticmethod
+    def _checked(output: object, x: State) -> State:
         if not isinstance(output, Tensor) or output.shape != x.shape:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ShapeError(f"The network must return a tensor shaped as x, {tuple(x.shape)}; it returned {got}.")
-        return output.to(x.dtype)
+        return _in(output, x.dtype)
+
+
+def rows_of(condition: Any, index: slice | Tensor, batch: int) -> Any:
+    """The rows of tensors with one entry per row, also inside dicts, lists and tuples; all else passes untouched."""
+    if isinstance(condition, Tensor) and condition.ndim and condition.shape[0] == batch:
+        return condition[index.to(condition.device) if isinstance(index, Tensor) else index]
+    if isinstance(condition, dict):
+        return {name: rows_of(value, index, batch) for name, value in condition.items()}
+    if type(condition) in (list, tuple):
+        return type(condition)(rows_of(value, index, batch) for value in condition)
+    return condition
+
+
+def _in(x: State, dtype: torch.dtype) -> State:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _dtype_of(network: Callable[..., Tensor]) -> torch.dtype | None:

@@ -7,27 +7,33 @@ answers for a step from `t` to `s`:
 - `unit(x, t, s)`, standard normal, shaped as x;
 - `increment(x, t, s) = W(s) - W(t)`, normal with variance `|s - t|`.
 
-`RowNoise(seed)` draws fresh numbers for every step. `BrownianPath(seed, t0, t1)` is one fixed path per row that may be
-asked at any times and in any order: a coarse and a fine grid then see the same path, which is what strong orders and
-step-size studies need. It is a dyadic bridge: given `W(l)` and `W(r)`, the value in the middle is
-`(W(l) + W(r)) / 2 + sqrt(r - l) / 2 * z`, with z drawn from a seed of its own for every node of the tree.
+The sources:
+
+- `RowNoise(seed)` draws fresh numbers for every step;
+- `BrownianPath(seed, t0, t1)` is one fixed path per row that may be asked at any times and in any order: a coarse and a
+  fine grid then see the same path, which is what strong orders and step-size studies need;
+- `Antithetic(noise)` gives rows in pairs opposite numbers;
+- `Recorded(numbers)` hands out numbers of the user's own, and `Recorder(noise)` keeps those of a solve for it.
 """
 
 from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
-import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from sdediff.errors import CapabilityError, OptionError, TimeError
+from sdediff.brownian import Area, Basis, Increments, Paths
+from sdediff.draws import RowDraws, mix
+from sdediff.errors import CapabilityError, OptionError, ShapeError, TimeError
 from sdediff.shapes import State, over
 
-_ENTRIES_PER_GENERATOR = 4096
-_MASK = (1 << 64) - 1
+Draws: TypeAlias = Float[Tensor, " draws batch *event"]
 
 
 def _check_seed(seed: object) -> None:
@@ -59,6 +65,17 @@ class NoiseStream(ABC):
             "needs. Use the default noise (seed=...) or a method that needs increments only, such as 'euler'."
         )
 
+    def rows(self, index: Tensor, batch: int) -> NoiseStream:
+        """This stream for some rows of its batch, such as those that an adaptive solver has not finished.
+
+        Every call draws for the whole batch, so what a row gets does not depend on the rows that are left.
+
+        Args:
+            index: the rows, `(k,)`; states are then `(k, *event)`.
+            batch: how many rows there are in all.
+        """
+        return _RemainingStream(self, index, batch)
+
 
 class Noise(ABC):
     """A recipe for noise; solves open a stream from it."""
@@ -68,83 +85,21 @@ class Noise(ABC):
         """A new stream for a batch whose first row has this index. The same arguments give the same numbers."""
 
 
-def mix(*parts: int) -> int:
-    """Hash integers to 64 bits (the splitmix64 finaliser, folded): unrelated seeds from related numbers."""
-    state = 0
-    for part in map(operator.index, parts):
-        state = (state ^ (part & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
-    return state
+# Fresh numbers
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """The blocks of rows that a batch lies in.
-
-    Rows are drawn in blocks of a size that depends on the event only; a block is always drawn whole, from a generator
-    of its own, so batch size and chunking change nothing.
-    """
-
-    numbers: range
-    entries: int
-    skip: int
-
-    @classmethod
-    def of(cls, x: State, first_row: int) -> _Blocks:
-        size = max(x[0].numel(), 1)
-        rows = max(1, _ENTRIES_PER_GENERATOR // size)
-        first, skip = divmod(first_row, rows)
-        return cls(range(first, (first_row + len(x) - 1) // rows + 1), rows * size, skip)
-
-    def rows_of(self, draws: Tensor, x: State) -> State:
-        """The rows of the batch, shaped as x, from the draws of all blocks."""
-        return draws.view(-1, x[0].numel())[self.skip : self.skip + len(x)].reshape(x.shape)
+def _pair(x: State, t: Tensor, s: Tensor, first: State, second: State) -> tuple[State, State]:
+    """An increment and its integral over the step from two normal draws."""
+    step = over((s - t).abs(), x)
+    increment = step.sqrt() * first
+    return increment, step / 2 * increment + step * (step / 12).sqrt() * second
 
 
-class RowDraws:
-    """Standard normal draws in which row i depends on the seed and i alone.
+class _DrawnStream(NoiseStream):
+    """The next numbers of a row of draws, whatever is asked."""
 
-    Block seeds are consecutive 32-bit numbers from a hashed start (torch's CPU generators keep 32 bits), so that two
-    blocks of one solve never share a seed.
-    """
-
-    def __init__(self, seed: int, first_row: int) -> None:
-        self._seed = seed
-        self._first_row = first_row
-        self._generators: list[torch.Generator] = []
-
-    def __call__(self, x: State) -> State:
-        """The next standard normal numbers of every row, shaped as x."""
-        blocks = _Blocks.of(x, self._first_row)
-        if not self._generators:
-            start = mix(self._seed)
-            for number in blocks.numbers:
-                generator = torch.Generator(device=x.device)
-                generator.manual_seed((start + number) & 0xFFFFFFFF)
-                self._generators.append(generator)
-        draws = torch.empty(len(self._generators), blocks.entries, dtype=x.dtype, device=x.device)
-        for target, generator in zip(draws, self._generators, strict=True):
-            target.normal_(generator=generator)
-        return blocks.rows_of(draws, x)
-
-
-def keyed_normal(x: State, key: int, first_row: int) -> State:
-    """Standard normal numbers shaped as x that depend on a 64-bit key and the row only, from a counter-based generator.
-
-    They are drawn in float64 and cast, so that a path is the same in any dtype.
-    """
-    blocks = _Blocks.of(x, first_row)
-    draws = [
-        np.random.Generator(np.random.Philox(key=[key, n])).standard_normal(blocks.entries) for n in blocks.numbers
-    ]
-    return blocks.rows_of(torch.from_numpy(np.stack(draws)), x).to(x)
-
-
-class _FreshStream(NoiseStream):
-    def __init__(self, seed: int, first_row: int) -> None:
-        self._draw = RowDraws(seed, first_row)
+    def __init__(self, draw: Callable[[State], State]) -> None:
+        self._draw = draw
 
     def normal(self, x: State) -> State:
         return self._draw(x)
@@ -153,9 +108,12 @@ class _FreshStream(NoiseStream):
         return self._draw(x)
 
     def increment_and_integral(self, x: State, t: Tensor, s: Tensor) -> tuple[State, State]:
-        step = over((s - t).abs(), x)
-        increment = step.sqrt() * self._draw(x)
-        return increment, step / 2 * increment + step * (step / 12).sqrt() * self._draw(x)
+        return _pair(x, t, s, self._draw(x), self._draw(x))
+
+
+class _FreshStream(_DrawnStream):
+    def __init__(self, seed: int, first_row: int) -> None:
+        super().__init__(RowDraws(seed, first_row))
 
 
 @dataclass(frozen=True)
@@ -171,83 +129,307 @@ class RowNoise(Noise):
         return _FreshStream(self.seed, first_row)
 
 
+# One path
+
+
 class _PathStream(NoiseStream):
-    """Keeps the nodes between the root and the last leaf asked for; all others can be drawn again from their seeds."""
+    """Keeps the values at the two times asked for last: where a step ends, the next one starts."""
 
     def __init__(self, path: BrownianPath, first_row: int) -> None:
         self._path = path
         self._first_row = first_row
         self._start = RowDraws(mix(path.seed, 1), first_row)
-        self._branch: dict[tuple[int, int], Tensor] = {}
+        self._shape: torch.Size | None = None
         self._latest: list[tuple[float, Tensor]] = []
 
     def normal(self, x: State) -> State:
         return self._start(x)
 
     def unit(self, x: State, t: Tensor, s: Tensor) -> State:
-        return self.increment(x, t, s) / over((s - t).abs().sqrt(), x)
+        before, after = self._step(x, t, s)
+        return ((after[0] - before[0]) / abs(s.item() - t.item()) ** 0.5).to(x)
 
     def increment(self, x: State, t: Tensor, s: Tensor) -> State:
-        return self.value(x, s) - self.value(x, t)
+        before, after = self._step(x, t, s)
+        return (after[0] - before[0]).to(x)
+
+    def increment_and_integral(self, x: State, t: Tensor, s: Tensor) -> tuple[State, State]:
+        if not self._path.integrals:
+            raise CapabilityError(
+                "This BrownianPath does not know its time integral, which this method needs. Write "
+                "BrownianPath(..., integrals=True), or use the default noise (seed=...) or a method that needs "
+                "increments only, such as 'euler'."
+            )
+        (start, area), (end, total) = self._step(x, t, s)
+        step = s.item() - t.item()
+        integral = (total - area if step > 0 else area - total) - abs(step) * start
+        return (end - start).to(x), integral.to(x)
 
     def value(self, x: State, t: Tensor) -> State:
         """`W(t)` for one time `t`, shaped as x, with `W(t0) = 0`."""
+        return self._at(x, t)[0].to(x)
+
+    def _step(self, x: State, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """What is known of the path at both ends of a step."""
+        before, after = self._at(x, t), self._at(x, s)
+        step = abs(s.item() - t.item())
+        if 0 < step < (1 - 1e-6) * self._path.shortest_step:
+            raise OptionError(
+                f"The step from t = {t.item():g} to {s.item():g} is shorter than {self._path.shortest_step:g}, down to "
+                f"which this BrownianPath is one: write BrownianPath(..., depth=...) with a depth above "
+                f"{self._path.depth} (each one more halves the shortest step)."
+            )
+        return before, after
+
+    def _at(self, x: State, t: Tensor) -> Tensor:
+        """W and, if the path knows it, its integral from t0 on; in float64 on the CPU, `(1 or 2, batch, *event)`."""
         if t.ndim:
             raise CapabilityError("A BrownianPath answers for one time at a time; per-row times need RowNoise.")
-        path = self._path
-        for time, known in self._latest:
-            if time == float(t):
-                return known
-        where = (float(t) - path.t0) / (path.t1 - path.t0)
+        path, time = self._path, t.item()
+        if x.shape != self._shape:
+            self._paths = Paths(
+                path.basis,
+                path.t1 - path.t0,
+                path.depth,
+                seed=mix(path.seed, 2),
+                shape=x.shape,
+                first_row=self._first_row,
+            )
+            self._shape, self._latest = x.shape, []
+        for known, value in self._latest:
+            if known == time:
+                return value
+        where = (time - path.t0) / (path.t1 - path.t0)
         if not -1e-12 <= where <= 1 + 1e-12:
-            raise TimeError(f"The Brownian path spans [{path.t0:g}, {path.t1:g}]; t = {float(t):g} lies outside.")
-        left, right = torch.zeros_like(x), self._node(x, 0, 0)
-        visited = {(0, 0)}
-        low, width = 0.0, 1.0
-        for level in range(1, path.depth + 1):
-            if where in (low, low + width):
-                break
-            width /= 2
-            number = int(low / width) + 1
-            visited.add((level, number))
-            middle = (left + right) / 2 + ((path.t1 - path.t0) * width / 2) ** 0.5 * self._node(x, level, number)
-            if where < low + width:
-                right = middle
-            else:
-                left, low = middle, low + width
-        self._branch = {key: node for key, node in self._branch.items() if key in visited}
-        here = left + (right - left) * min(max((where - low) / width, 0.0), 1.0)
-        self._latest = [*self._latest[-1:], (float(t), here)]
-        return here
-
-    def _node(self, x: State, level: int, number: int) -> Tensor:
-        key = (level, number)
-        if key not in self._branch:
-            draw = keyed_normal(x, mix(self._path.seed, 2, level, number), self._first_row)
-            self._branch[key] = draw * (self._path.t1 - self._path.t0) ** 0.5 if level == 0 else draw
-        return self._branch[key]
+            raise TimeError(f"The Brownian path spans [{path.t0:g}, {path.t1:g}]; t = {time:g} lies outside.")
+        value = self._paths.at(min(max(where, 0.0), 1.0))
+        self._latest = [*self._latest[-1:], (time, value)]
+        return value
 
 
 @dataclass(frozen=True)
 class BrownianPath(Noise):
     """One Brownian path per row on `[t0, t1]`, the same whatever grid asks: coarse and fine solves are coupled.
 
+    The path is a fixed function of time; it is computed on the CPU in float64, so that it is the same on any device
+    and in any dtype up to rounding. Its law is exact on every grid whose steps are at least `(t1 - t0) / 2**depth`;
+    shorter steps are refused. On a grid of n steps, each draws about `depth - log2(n)` numbers per entry, or two where
+    the times are those of a repeated halving of the span. Another `depth` or `integrals` is another path.
+
     Args:
         seed: row i of the path depends on it and on i only.
         t0, t1: the span; `t0 < t1`.
-        depth: number of halvings; below `(t1 - t0) / 2**depth` the path is interpolated linearly, so steps should
-            be much longer than that.
+        depth: number of halvings, from 0 to 30.
+        integrals: whether the path also gives time integrals, `increment_and_integral`, which methods of strong order
+            1.5 need. It then draws twice the numbers.
     """
 
     seed: int
     t0: float
     t1: float
-    depth: int = 24
+    depth: int = 18
+    integrals: bool = False
 
     def __post_init__(self) -> None:
         _check_seed(self.seed)
         if not self.t0 < self.t1:
             raise TimeError(f"A Brownian path needs t0 < t1; got t0 = {self.t0:g} and t1 = {self.t1:g}.")
+        if self.depth not in range(31):
+            raise OptionError(f"A Brownian path needs a whole depth from 0 to 30; got {self.depth!r}.")
+
+    @property
+    def basis(self) -> Basis:
+        return Area() if self.integrals else Increments()
+
+    @property
+    def shortest_step(self) -> float:
+        """The width of a leaf."""
+        return (self.t1 - self.t0) / 2**self.depth
 
     def open(self, first_row: int = 0) -> _PathStream:
         return _PathStream(self, first_row)
+
+
+# Sources made of others
+
+
+class _DerivedStream(NoiseStream):
+    """Another stream asked for a batch of its own; the rows of this one are made of what it gives."""
+
+    def __init__(self, stream: NoiseStream) -> None:
+        self._stream = stream
+
+    @abstractmethod
+    def _asked(self, x: State) -> State:
+        """A state shaped as the batch of the other stream."""
+
+    @abstractmethod
+    def _arranged(self, numbers: State, x: State) -> State:
+        """The rows of x from the numbers of the other stream."""
+
+    def normal(self, x: State) -> State:
+        return self._arranged(self._stream.normal(self._asked(x)), x)
+
+    def unit(self, x: State, t: Tensor, s: Tensor) -> State:
+        return self._arranged(self._stream.unit(self._asked(x), t, s), x)
+
+    def increment_and_integral(self, x: State, t: Tensor, s: Tensor) -> tuple[State, State]:
+        if t.ndim or s.ndim:
+            raise CapabilityError(
+                f"{type(self).__name__} gives time integrals for one time at a time, not for a time per row; RowNoise "
+                "does."
+            )
+        increment, integral = self._stream.increment_and_integral(self._asked(x), t, s)
+        return self._arranged(increment, x), self._arranged(integral, x)
+
+
+class _RemainingStream(_DerivedStream):
+    def __init__(self, stream: NoiseStream, index: Tensor, batch: int) -> None:
+        super().__init__(stream)
+        self._index = index
+        self._batch = batch
+
+    def _asked(self, x: State) -> State:
+        return x.new_empty(()).expand(self._batch, *x.shape[1:])
+
+    def _arranged(self, numbers: State, x: State) -> State:
+        return numbers[self._index]
+
+
+class _AntitheticStream(_DerivedStream):
+    def __init__(self, stream: NoiseStream, odd: int) -> None:
+        super().__init__(stream)
+        self._odd = odd
+
+    def _asked(self, x: State) -> State:
+        """A row for each pair that has a row in x."""
+        return x[: (self._odd + len(x) + 1) // 2]
+
+    def _arranged(self, numbers: State, x: State) -> State:
+        return torch.stack([numbers, -numbers], dim=1).flatten(0, 1)[self._odd : self._odd + len(x)]
+
+
+@dataclass(frozen=True)
+class Antithetic(Noise):
+    """Rows in pairs: row 2k has the numbers of row k of another source, and row 2k + 1 their negatives.
+
+    Each row by itself has the law of the other source. Start states come from the same stream, so the two rows of a
+    pair also start at opposite points (about the mean of the prior). The mean over a pair then varies less wherever
+    the result is near to odd in the noise.
+    """
+
+    noise: Noise
+
+    def open(self, first_row: int = 0) -> NoiseStream:
+        return _AntitheticStream(self.noise.open(first_row // 2), first_row % 2)
+
+
+class _Reader:
+    """The next of the recorded draws, for the rows of a batch."""
+
+    def __init__(self, numbers: Draws, first_row: int) -> None:
+        self._numbers = numbers
+        self._first_row = first_row
+        self._given = 0
+
+    def __call__(self, x: State) -> State:
+        if self._given == len(self._numbers):
+            raise OptionError(
+                f"The recorded numbers hold {len(self._numbers)} draws and the solve needs at least "
+                f"{self._given + 1}: give numbers of shape (draws, batch, *event) with a draw for everything it asks, "
+                "the start state included."
+            )
+        last_row = self._first_row + len(x)
+        if self._numbers.shape[2:] != x.shape[1:] or self._numbers.shape[1] < last_row:
+            raise ShapeError(
+                f"The recorded numbers have shape {tuple(self._numbers.shape)}; rows {self._first_row} to "
+                f"{last_row - 1} of a state {tuple(x.shape)} need (draws, {last_row} or more, "
+                f"{', '.join(map(str, x.shape[1:]))})."
+            )
+        self._given += 1
+        return self._numbers[self._given - 1, self._first_row : last_row].to(x)
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded(Noise):
+    """Numbers that the user gives: the k-th draw of row i is `numbers[k, i]`.
+
+    A solve draws the start state first (unless it gets `x_init`), then what each step needs: one draw for an increment,
+    two for an increment and its time integral.
+
+    Args:
+        numbers: standard normal numbers, `(draws, batch, *event)`.
+    """
+
+    numbers: Draws
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.numbers, Tensor) or self.numbers.ndim < 2 or not self.numbers.is_floating_point():
+            got = (
+                f"{self.numbers.dtype} of shape {tuple(self.numbers.shape)}"
+                if isinstance(self.numbers, Tensor)
+                else type(self.numbers).__name__
+            )
+            raise ShapeError(f"Recorded needs a floating-point tensor of shape (draws, batch, *event); got {got}.")
+
+    def open(self, first_row: int = 0) -> NoiseStream:
+        return _DrawnStream(_Reader(self.numbers, first_row))
+
+
+class _RecorderStream(NoiseStream):
+    """Keeps every draw, and gives what `Recorded` will make of it."""
+
+    def __init__(self, stream: NoiseStream, draws: list[State]) -> None:
+        self._stream = stream
+        self._draws = draws
+
+    def normal(self, x: State) -> State:
+        return self._kept(self._stream.normal(x))
+
+    def unit(self, x: State, t: Tensor, s: Tensor) -> State:
+        return self._kept(self._stream.unit(x, t, s))
+
+    def increment_and_integral(self, x: State, t: Tensor, s: Tensor) -> tuple[State, State]:
+        increment, integral = self._stream.increment_and_integral(x, t, s)
+        step = over((s - t).abs(), x)
+        first = self._kept(increment / step.sqrt())
+        second = self._kept((integral - step / 2 * increment) / (step * (step / 12).sqrt()))
+        return _pair(x, t, s, first, second)
+
+    def _kept(self, draw: State) -> State:
+        self._draws.append(draw.clone())
+        return draw
+
+
+@dataclass(frozen=True, eq=False)
+class Recorder(Noise):
+    """Another source, with a memory: after a solve, `Recorded(recorder.numbers)` replays it bitwise.
+
+    It remembers the latest solve; opening a stream drops what was recorded of that row and of later ones.
+    """
+
+    noise: Noise
+    _draws: dict[int, list[State]] = field(default_factory=dict, init=False, repr=False)
+
+    def open(self, first_row: int = 0) -> NoiseStream:
+        for row in [row for row in self._draws if row >= first_row]:
+            del self._draws[row]
+        self._draws[first_row] = []
+        return _RecorderStream(self.noise.open(first_row), self._draws[first_row])
+
+    @property
+    def numbers(self) -> Draws:
+        """All draws so far, `(draws, batch, *event)`.
+
+        Raises:
+            OptionError: nothing was drawn, or chunks of the batch drew different numbers of times.
+        """
+        counts = sorted({len(draws) for draws in self._draws.values()})
+        if not counts or counts == [0]:
+            raise OptionError("Nothing is recorded yet: pass the recorder to a solve as noise= first.")
+        if len(counts) > 1:
+            raise OptionError(
+                f"The chunks of the batch drew different numbers of times ({', '.join(map(str, counts))}), which no "
+                "single tensor holds. Solve all rows at once (batch_size=None)."
+            )
+        return torch.cat([torch.stack(self._draws[row]) for row in sorted(self._draws)], dim=1)

@@ -11,8 +11,9 @@ r"""The named linear SDEs of the literature. Each is its `scales(t)`; drift, dif
 | `DiscreteVP` | product of sqrt(1 - beta_i), interpolated | sqrt(1 - alpha^2) |
 | `RectifiedFlow` | 1 - t | t |
 
-Every one also inverts its log-SNR in closed form (`DiscreteVP` by bisection). `1 - alpha^2` is computed by `expm1` or a
-product of sines, so sigma is accurate relative to itself down to t = 0.
+Every one also has its derivatives `(alpha', sigma')` and the inverse of its log-SNR in closed form (`DiscreteVP`
+inverts by bisection). `1 - alpha^2` is computed by `expm1` or a product of sines, so sigma is accurate relative to
+itself down to t = 0.
 
 References: VP, SubVP, VE: Song et al. 2021 (arXiv:2011.13456); EDM: Karras et al. 2022 (arXiv:2206.00364); cosine:
 Nichol and Dhariwal 2021 (arXiv:2102.09672); rectified flow: Liu et al. 2023 (arXiv:2209.03003); discrete chains:
@@ -22,7 +23,6 @@ Ho et al. 2020 (arXiv:2006.11239).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from scipy.interpolate import CubicHermiteSpline
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from sdediff.errors import OptionError
 from sdediff.linear import LinearSDE
@@ -55,12 +54,29 @@ def _preserving(integral: Tensor) -> tuple[Tensor, Tensor]:
     return (-integral / 2).exp(), (-torch.expm1(-integral)).sqrt()
 
 
-def _preserving_rates(integral: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+def _preserving_rates(beta: Tensor) -> tuple[Tensor, Tensor]:
     """`(a, g) = (-beta / 2, sqrt(beta))` with `beta = B'`, which holds at t = 0 too, where sigma' is infinite."""
-    with torch.inference_mode(False), torch.enable_grad():
-        at = as_time(t).detach().clone().requires_grad_()
-        (beta,) = torch.autograd.grad(integral(at).sum(), at)
     return -beta / 2, beta.sqrt()
+
+
+def _preserving_scale_rates(scales: tuple[Tensor, Tensor], beta: Tensor) -> tuple[Tensor, Tensor]:
+    """`(alpha', sigma') = (-beta alpha / 2, beta alpha^2 / (2 sigma))`."""
+    alpha, sigma = scales
+    return -beta / 2 * alpha, beta / 2 * alpha**2 / sigma
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """`log(1 + exp(x))`; unlike torch's own, every entry has the same bits wherever it stands in a tensor."""
+    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """`1 / (1 + exp(-x))`, likewise."""
+    return 1 / (1 + torch.exp(-x))
+
+
+def _linear_beta(t: Tensor, beta_min: float, beta_max: float) -> Tensor:
+    return beta_min + (beta_max - beta_min) * t
 
 
 def _linear_integral(t: Tensor, beta_min: float, beta_max: float) -> Tensor:
@@ -88,10 +104,13 @@ class VP(LinearSDE):
         return _preserving(_linear_integral(as_time(t), self.beta_min, self.beta_max))
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return _preserving_rates(lambda t: _linear_integral(t, self.beta_min, self.beta_max), t)
+        return _preserving_rates(_linear_beta(as_time(t), self.beta_min, self.beta_max))
+
+    def scale_rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return _preserving_scale_rates(self.scales(t), _linear_beta(as_time(t), self.beta_min, self.beta_max))
 
     def _time_of(self, log_snr: Tensor) -> Tensor:
-        return _linear_integral_inverse(softplus(-log_snr), self.beta_min, self.beta_max)
+        return _linear_integral_inverse(_softplus(-log_snr), self.beta_min, self.beta_max)
 
 
 @dataclass(frozen=True)
@@ -110,6 +129,10 @@ class SubVP(LinearSDE):
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         integral = _linear_integral(as_time(t), self.beta_min, self.beta_max)
         return (-integral / 2).exp(), -torch.expm1(-integral)
+
+    def scale_rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, beta = self.scales(t)[0], _linear_beta(as_time(t), self.beta_min, self.beta_max)
+        return -beta / 2 * alpha, beta * alpha**2
 
     def _time_of(self, log_snr: Tensor) -> Tensor:
         # sigma / alpha = 2 sinh(B / 2) = exp(-log_snr / 2)
@@ -144,6 +167,10 @@ class VE(LinearSDE):
         t = as_time(t)
         return torch.ones_like(t), self.sigma_min * (t * math.log(self.sigma_max / self.sigma_min)).exp()
 
+    def scale_rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.scales(t)
+        return torch.zeros_like(alpha), math.log(self.sigma_max / self.sigma_min) * sigma
+
     def _time_of(self, log_snr: Tensor) -> Tensor:
         return (-log_snr / 2 - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
 
@@ -172,6 +199,10 @@ class EDM(LinearSDE):
         t = as_time(t)
         return torch.ones_like(t), t
 
+    def scale_rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = as_time(t)
+        return torch.zeros_like(t), torch.ones_like(t)
+
     def _time_of(self, log_snr: Tensor) -> Tensor:
         return (-log_snr / 2).exp()
 
@@ -197,14 +228,21 @@ class CosineVP(LinearSDE):
         return alpha, (turned.sin() * (turned + 2 * start).sin()).sqrt() / math.cos(start)
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return _preserving_rates(lambda t: -2 * self.scales(t)[0].log(), t)
+        quarter = math.pi / 2 / (1 + self.offset)
+        return _preserving_rates(2 * quarter / (quarter * (1 - as_time(t))).tan())
+
+    def scale_rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        quarter = math.pi / 2 / (1 + self.offset)
+        alpha, sigma = self.scales(t)
+        d_alpha = -quarter * (quarter * (1 - as_time(t))).cos() / math.cos(quarter * self.offset)
+        return d_alpha, -alpha * d_alpha / sigma
 
     def _time_of(self, log_snr: Tensor) -> Tensor:
         quarter = math.pi / 2 / (1 + self.offset)
         start = quarter * self.offset
         # cos(angle) = alpha cos(start); the half-angle form stays accurate near t = 0
-        alpha_cos = (-softplus(-log_snr) / 2).exp() * math.cos(start)
-        sine = (torch.sigmoid(-log_snr) * math.cos(start) ** 2 + math.sin(start) ** 2).sqrt()
+        alpha_cos = (-_softplus(-log_snr) / 2).exp() * math.cos(start)
+        sine = (_sigmoid(-log_snr) * math.cos(start) ** 2 + math.sin(start) ** 2).sqrt()
         return torch.atan2(sine * math.cos(start) - alpha_cos * math.sin(start),
                            alpha_cos * math.cos(start) + sine * math.sin(start)) / quarter  # fmt: skip
 
@@ -229,11 +267,17 @@ class SigmoidVP(LinearSDE):
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return _preserving(self._beta_integral(as_time(t)))
 
+    def _beta(self, t: Tensor) -> Tensor:
+        return self.beta_max * _sigmoid(self.ramp * (2 * t - 1))
+
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return _preserving_rates(self._beta_integral, t)
+        return _preserving_rates(self._beta(as_time(t)))
+
+    def scale_rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return _preserving_scale_rates(self.scales(t), self._beta(as_time(t)))
 
     def _time_of(self, log_snr: Tensor) -> Tensor:
-        grown = torch.expm1(softplus(-log_snr) * 2 * self.ramp / self.beta_max)
+        grown = torch.expm1(_softplus(-log_snr) * 2 * self.ramp / self.beta_max)
         return (grown * (1 + math.exp(self.ramp))).log1p() / (2 * self.ramp)
 
 
@@ -255,8 +299,12 @@ class RectifiedFlow(LinearSDE):
         t = as_time(t)
         return 1 - t, t
 
+    def scale_rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = as_time(t)
+        return -torch.ones_like(t), torch.ones_like(t)
+
     def _time_of(self, log_snr: Tensor) -> Tensor:
-        return torch.sigmoid(-log_snr / 2)
+        return _sigmoid(-log_snr / 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,18 +352,28 @@ class DiscreteVP(LinearSDE):
         spline = CubicHermiteSpline(knots, np.append(0, steps.cumsum()), slopes)
         return torch.from_numpy(knots), torch.from_numpy(spline.c)
 
-    def _beta_integral(self, t: Tensor) -> Tensor:
+    def _piece(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The cubic that t lies in, its four coefficients from the third power down, and t from its left end."""
         knots, cubic = (table.to(t.device) for table in self._integral)
         piece = (torch.searchsorted(knots, t.detach().contiguous(), right=True) - 1).clamp(0, cubic.shape[1] - 1)
-        offset = t - knots[piece]
-        c3, c2, c1, c0 = cubic[:, piece]
+        return cubic[:, piece], t - knots[piece]
+
+    def _beta_integral(self, t: Tensor) -> Tensor:
+        (c3, c2, c1, c0), offset = self._piece(t)
         return ((c3 * offset + c2) * offset + c1) * offset + c0
+
+    def _beta(self, t: Tensor) -> Tensor:
+        (c3, c2, c1, _), offset = self._piece(t)
+        return (3 * c3 * offset + 2 * c2) * offset + c1
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return _preserving(self._beta_integral(as_time(t)))
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return _preserving_rates(self._beta_integral, t)
+        return _preserving_rates(self._beta(as_time(t)))
+
+    def scale_rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return _preserving_scale_rates(self.scales(t), self._beta(as_time(t)))
 
     def __repr__(self) -> str:
         return f"DiscreteVP({len(self.betas)} betas from {self.betas[0]:g} to {self.betas[-1]:g})"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sdediff.errors import OptionError
 from sdediff.model import ScoreModel
-from sdediff.sde import SDE, Along
+from sdediff.sde import SDE, Along, Frame
 from sdediff.shapes import Grid, State, as_float64
 
 
@@ -81,3 +81,6 @@ class Reverse(SDE):
             return Along(drift, lambda k, x: 0.0)
         diffusion = self.sde.along(times).diffusion
         return Along(drift, lambda k, x: self.noise_level * diffusion(k, x))
+
+    def frame(self, times: Grid) -> Frame:
+        return self.sde.reverse_frame(times, self.model, self.noise_level)

@@ -8,7 +8,7 @@ Nobody types a direction of time: times fall in `sample` and rise in `encode`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdediff.adapters import TorchDiffEq
 from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
-from sdediff.grids import natural
-from sdediff.model import ScoreModel
+from sdediff.exponential import Exponential
+from sdediff.model import ScoreModel, rows_of
 from sdediff.noise import Noise, NoiseStream, RowNoise
 from sdediff.reverse import Reverse
+from sdediff.runge_kutta import RungeKutta
 from sdediff.sde import SDE, SLACK, check_grid, fresh_seed
 from sdediff.shapes import Grid, State, Trajectory, as_time, check_state, finite_or_raise
-from sdediff.solvers import Solver, Tally
-from sdediff.tables import DDIM
+from sdediff.solvers import Solver, Tally, merged
 
 __all__ = ["Solution", "encode", "sample"]
 
@@ -36,18 +35,31 @@ class Solution:
 
     Attributes:
         x: final states `(batch, *event)`.
-        nfe: network evaluations for every row, the final denoising included.
+        nfe: network evaluations for every row (the most that any row took), the final denoising included.
         times: the grid, `(steps + 1,)`.
-        trajectory: states at `times`, `(steps + 1, batch, *event)`, if asked for (before the final denoising).
-        accepted, rejected: numbers of steps of an adaptive solver, summed over chunks; None for others.
+        trajectory: states at `kept`, `(len(kept), batch, *event)`, if asked for (before the final denoising).
+        kept: the times of the trajectory: every k-th of the grid, and its last.
+        accepted, rejected: steps of an adaptive solver, `(batch,)`, or summed over the batch if its rows step together;
+            None for others.
+        row_nfe: network evaluations of each row, `(batch,)`, where they differ.
+        reached: the time that each row has come to, `(batch,)`, of a solver with a budget; rows that stopped short of
+            `times[-1]` are partial results.
     """
 
     x: State
     nfe: int
     times: Grid
     trajectory: Trajectory | None = None
-    accepted: int | None = None
-    rejected: int | None = None
+    kept: Grid | None = None
+    accepted: Tensor | int | None = None
+    rejected: Tensor | int | None = None
+    row_nfe: Tensor | None = None
+    reached: Tensor | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row has come to the last time."""
+        return self.reached is None or bool((self.reached == self.times[-1]).all())
 
 
 def chunks_of(batch: int, batch_size: int | None) -> list[slice]:
@@ -77,7 +89,7 @@ class _Run:
     solver: Solver
     process: Reverse
     times: Grid
-    keep: bool
+    every: int
     bar: tqdm[Any] | None
     counter: _Counter
 
@@ -88,12 +100,17 @@ def counted(model: ScoreModel) -> tuple[ScoreModel, _Counter]:
     return replace(model, network=counter), counter
 
 
+def default_solver(model: object) -> Solver:
+    """The solver that suits a model when none is named."""
+    return Exponential() if not isinstance(model, ScoreModel) or model.is_linear else RungeKutta()
+
+
 def check_arguments(model: object, solver: object) -> None:
     """Refuse anything but a ScoreModel and a Solver."""
     if not isinstance(model, ScoreModel):
         raise OptionError(f"The first argument must be a ScoreModel; got {type(model).__name__}.")
     if not isinstance(solver, Solver):
-        raise OptionError(f"solver must be a Solver such as DDIM() or TorchDiffEq(); got {solver!r}.")
+        raise OptionError(f"solver must be a Solver such as Exponential(), DDIM() or TorchDiffEq(); got {solver!r}.")
 
 
 def grid_for(
@@ -104,9 +121,9 @@ def grid_for(
     t_min: float | None,
     direction: int,
 ) -> Grid:
-    """The grid that the caller gave, checked, or the process's natural one; rising if direction > 0."""
+    """The grid that the caller gave, checked, or the solver's own; rising if direction > 0."""
     if times is None:
-        falling = natural(model.sde, solver.default_steps if steps is None else steps, t_min=t_min)
+        falling = solver.grid(model, solver.default_steps if steps is None else steps, t_min)
         return falling if direction < 0 else falling.flip(0)
     if steps is not None or t_min is not None:
         raise OptionError("Give either times=..., a whole grid, or steps=... and t_min=..., from which one is made.")
@@ -136,17 +153,6 @@ def evaluating(network: Callable[..., Tensor]) -> Iterator[None]:
             module.training = mode
 
 
-def rows_of(condition: Any, rows: slice, batch: int) -> Any:
-    """The rows of tensors with one entry per row, also inside dicts, lists and tuples; all else passes untouched."""
-    if isinstance(condition, Tensor) and condition.ndim and condition.shape[0] == batch:
-        return condition[rows]
-    if isinstance(condition, dict):
-        return {name: rows_of(value, rows, batch) for name, value in condition.items()}
-    if type(condition) in (list, tuple):
-        return type(condition)(rows_of(value, rows, batch) for value in condition)
-    return condition
-
-
 def bound_rows(model: ScoreModel, condition: Any, rows: slice, batch: int) -> tuple[ScoreModel, _Counter]:
     """The model for some rows of a batch: counting its calls, with its condition cut to them."""
     bound, counter = counted(model)
@@ -156,14 +162,15 @@ def bound_rows(model: ScoreModel, condition: Any, rows: slice, batch: int) -> tu
 
 def _solve(run: _Run, x: State, stream: NoiseStream, tally: Tally) -> tuple[State, Trajectory | None]:
     path = [x]
-    for state in run.solver.solve(run.process, x, run.times, stream, tally):
+    last = len(run.times) - 1
+    for i, state in enumerate(run.solver.solve(run.process, x, run.times, stream, tally), start=1):
         x = state
-        if run.keep:
+        if run.every and (i % run.every == 0 or i == last):
             path.append(x)
         if run.bar is not None:
             run.bar.set_postfix(nfe=run.counter.calls, refresh=False)
             run.bar.update()
-    return x, torch.stack(path) if run.keep else None
+    return x, torch.stack(path) if run.every else None
 
 
 def explain(
@@ -192,7 +199,8 @@ def sample(
     noise: Noise | None = None,
     condition: Any = None,
     batch_size: int | None = None,
-    trajectory: bool = False,
+    trajectory: bool | int = False,
+    differentiable: bool = False,
     progress: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -202,8 +210,8 @@ def sample(
     Args:
         model: the score and the SDE.
         shape: `(batch, *event)`.
-        solver: DDIM() if None.
-        steps: number of steps of the SDE's natural grid (even in log-SNR for a linear SDE).
+        solver: None for Exponential(), or RungeKutta() where the SDE is not linear.
+        steps: number of steps of the solver's own grid; its `default_steps` if None.
         times: a grid instead, strictly decreasing within the span of the SDE.
         x_init: states at the first time, in place of draws from the prior.
         t_min: where to stop, in place of the SDE's own `t_min`.
@@ -213,7 +221,8 @@ def sample(
         noise: a source of noise in place of `RowNoise(seed)`, such as a `BrownianPath`.
         condition: passed to the network; tensors with one entry per row are cut with the rows.
         batch_size: rows solved at a time; all if None.
-        trajectory: whether to keep the states at all times.
+        trajectory: whether to keep the states at all times, or a number k to keep every k-th.
+        differentiable: whether gradients flow through the solve, to x_init, the condition and the network's parameters.
         progress: whether to show a bar.
         dtype, device: of the states; if None, those of x_init, or of the network's parameters, or its own `dtype`.
 
@@ -221,7 +230,7 @@ def sample(
         OptionError, ShapeError, TimeError, CapabilityError: an argument does not fit; the message says how.
         DivergenceError: a state became NaN or infinite; names step, time and rows.
     """
-    solver = DDIM() if solver is None else solver
+    solver = default_solver(model) if solver is None else solver
     check_arguments(model, solver)
     if final not in ("denoise", "none"):
         raise OptionError(f"Unknown final {final!r}: write 'denoise' or 'none'.")
@@ -253,10 +262,11 @@ def sample(
         loc, std = prior.mean.to(like), prior.stddev.to(like)
         return loc + std * stream.normal(like[:1].expand(rows.stop - rows.start, *shape[1:]))
 
-    def end(bound: ScoreModel, x: State) -> State:
-        return bound.denoised(grid[-1], x) if final == "denoise" else x
+    def end(bound: ScoreModel, t: Tensor, x: State) -> State:
+        return bound.denoised(t, x) if final == "denoise" else x
 
-    return _run(model, solver, grid, noise, condition, shape[0], batch_size, trajectory, progress, begin, end)
+    with torch.set_grad_enabled(differentiable):
+        return _run(model, solver, grid, noise, condition, shape[0], batch_size, trajectory, progress, begin, end)
 
 
 def encode(
@@ -269,7 +279,8 @@ def encode(
     t_min: float | None = None,
     condition: Any = None,
     batch_size: int | None = None,
-    trajectory: bool = False,
+    trajectory: bool | int = False,
+    differentiable: bool = False,
     progress: bool = False,
 ) -> Solution:
     """Carry data at `t_min` to its latent at `t_max` along the probability-flow ODE.
@@ -278,14 +289,14 @@ def encode(
 
     Args:
         x: data `(batch, *event)`.
-        solver: a deterministic one; TorchDiffEq() if None.
+        solver: a deterministic one; None as in `sample`.
         times: a grid, strictly increasing, in place of steps and t_min.
-        steps, t_min, condition, batch_size, trajectory, progress: as in `sample`.
+        steps, t_min, condition, batch_size, trajectory, differentiable, progress: as in `sample`.
 
     Raises:
         CapabilityError: the solver is noisy, so that there is no path to follow back.
     """
-    solver = TorchDiffEq() if solver is None else solver
+    solver = default_solver(model) if solver is None else solver
     check_arguments(model, solver)
     check_state(x)
     if x.shape[0] == 0:
@@ -293,13 +304,14 @@ def encode(
     if not solver.deterministic:
         raise CapabilityError(
             f"encode follows the probability-flow ODE, but {solver} adds noise: use a deterministic solver such as "
-            "TorchDiffEq(), Heun() or DDIM()."
+            "Exponential(), Heun() or TorchDiffEq()."
         )
     grid = grid_for(model, solver, steps, times, t_min, direction=1)
-    return _run(
-        model, solver, grid, RowNoise(0), condition, x.shape[0], batch_size, trajectory, progress,
-        lambda rows, stream: x[rows], lambda bound, x: x,
-    )  # fmt: skip
+    with torch.set_grad_enabled(differentiable):
+        return _run(
+            model, solver, grid, RowNoise(0), condition, x.shape[0], batch_size, trajectory, progress,
+            lambda rows, stream: x[rows], lambda bound, t, x: x,
+        )  # fmt: skip
 
 
 def like_state(
@@ -321,7 +333,6 @@ def like_state(
     return like
 
 
-@torch.no_grad()
 def _run(
     model: ScoreModel,
     solver: Solver,
@@ -330,22 +341,25 @@ def _run(
     condition: Any,
     batch: int,
     batch_size: int | None,
-    keep: bool,
+    trajectory: bool | int,
     progress: bool,
     begin: Callable[[slice, NoiseStream], State],
-    end: Callable[[ScoreModel, State], State],
+    end: Callable[[ScoreModel, Tensor, State], State],
 ) -> Solution:
     """Solve chunk by chunk."""
+    if trajectory < 0:
+        raise OptionError(f"trajectory must be True, False or a number of steps between kept states; got {trajectory}.")
+    every, last = int(trajectory), len(grid) - 1
     chunks = chunks_of(batch, batch_size)
-    outputs, paths, nfe = [], [], 0
-    tally = Tally()
-    bar = tqdm(total=len(chunks) * (len(grid) - 1), unit="step", disable=not progress, leave=False)
-    with bar, evaluating(model.network):
+    outputs, paths, tallies, nfe = [], [], [], 0
+    bar = tqdm(total=len(chunks) * last, unit="step", leave=False) if progress else None
+    with bar or nullcontext(), evaluating(model.network):
         for rows in chunks:
             bound, counter = bound_rows(model, condition, rows, batch)
-            run = _Run(solver, solver.process(bound), grid, keep, bar if progress else None, counter)
+            run = _Run(solver, solver.process(bound), grid, every, bar, counter)
             stream = noise.open(rows.start)
             start = begin(rows, stream)
+            tally = Tally()
 
             def restart(rows: slice = rows) -> NoiseStream:
                 again = noise.open(rows.start)
@@ -354,19 +368,27 @@ def _run(
 
             try:
                 x, path = _solve(run, start, stream, tally)
-                x = end(bound, x)
+                before = counter.calls
+                x = end(bound, grid[-1] if tally.reached is None else tally.reached, x)
+                if tally.nfe is not None:
+                    tally.nfe = tally.nfe + counter.calls - before
                 nfe = max(nfe, counter.calls)
                 explain(solver, run.process, start, x, grid, restart)
             except DivergenceError as error:
                 raise error.shifted(rows.start) from error
             outputs.append(x)
+            tallies.append(tally)
             if path is not None:
                 paths.append(path)
+    tally = merged(tallies)
     return Solution(
-        x=torch.cat(outputs),
+        x=torch.cat(outputs) if len(outputs) > 1 else outputs[0],
         nfe=nfe,
         times=grid,
-        trajectory=torch.cat(paths, dim=1) if keep else None,
+        trajectory=torch.cat(paths, dim=1) if every else None,
+        kept=grid[sorted({*range(0, last + 1, every), last})] if every else None,
         accepted=tally.accepted,
         rejected=tally.rejected,
+        row_nfe=tally.nfe,
+        reached=tally.reached,
     )

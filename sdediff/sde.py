@@ -40,6 +40,27 @@ class Along:
     diffusion: Callable[[int, State], Tensor | float]
 
 
+@dataclass(frozen=True)
+class Frame:
+    """The drift of a process in variables that suit it: `x = scale y` and `dy = drift(k, x) d clock` at `times[k]`.
+
+    Attributes:
+        scale, clock: float64, one for every time.
+        defined: whether the drift exists at that time.
+        drift: `(k, x) -> dy / d clock` at `times[k]`.
+    """
+
+    scale: Grid
+    clock: Grid
+    defined: Tensor
+    drift: Callable[[int, State], State]
+
+    @classmethod
+    def plain(cls, times: Grid, drift: Callable[[int, State], State]) -> Frame:
+        """The variables x and t themselves."""
+        return cls(torch.ones_like(times), times, torch.ones_like(times, dtype=torch.bool), drift)
+
+
 class SDE(ABC):
     """A forward process `dx = f(t, x) dt + g(t, x) dw` on `[t_min, t_max]`.
 
@@ -85,6 +106,10 @@ class SDE(ABC):
         """The process at the times of a grid; override where what depends on time only can be computed at once."""
         return Along(lambda k, x: self.drift(times[k], x), lambda k, x: self.diffusion(times[k], x))
 
+    def frame(self, times: Grid) -> Frame:
+        """The drift at the times of a grid in the variables that suit it best."""
+        return Frame.plain(times, self.along(times).drift)
+
     @property
     def noisy(self) -> bool:
         """Whether the process has noise at all; a solver draws none where it has not."""
@@ -104,6 +129,10 @@ class SDE(ABC):
     def reverse_along(self, times: Grid, model: ScoreModel, noise_level: float) -> Callable[[int, State], State]:
         """`(k, x) -> reverse_drift(times[k], x, model, noise_level)` for the times of a grid."""
         return lambda k, x: self.reverse_drift(times[k], x, model, noise_level)
+
+    def reverse_frame(self, times: Grid, model: ScoreModel, noise_level: float) -> Frame:
+        """The same drift in the variables that suit it best."""
+        return Frame.plain(times, self.reverse_along(times, model, noise_level))
 
     def clock(self, t: Tensor) -> Tensor:
         """A rising function of t in which even steps suit the process: t itself, or -log SNR where that is known."""

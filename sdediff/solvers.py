@@ -13,10 +13,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
 
 from sdediff.errors import CapabilityError
+from sdediff.grids import natural
 from sdediff.model import ScoreModel
 from sdediff.noise import NoiseStream
 from sdediff.reverse import Reverse
@@ -29,10 +33,29 @@ Step = Callable[[int, State], State]
 
 @dataclass
 class Tally:
-    """What an adaptive solver did; None for a solver that takes the grid's steps."""
+    """What an adaptive solver did; None for a solver that takes the grid's steps.
 
-    accepted: int | None = None
-    rejected: int | None = None
+    Attributes:
+        accepted, rejected: steps, `(batch,)` of a solver with steps for every row, or one number for all rows.
+        nfe: network evaluations of every row, `(batch,)`.
+        reached: the time that every row has come to, `(batch,)`.
+    """
+
+    accepted: Tensor | int | None = None
+    rejected: Tensor | int | None = None
+    nfe: Tensor | None = None
+    reached: Tensor | None = None
+
+
+def merged(tallies: list[Tally]) -> Tally:
+    """The tally of a batch from those of its chunks: numbers are summed, rows are joined."""
+
+    def join(parts: list[Any]) -> Any:
+        if parts[0] is None:
+            return None
+        return torch.cat(parts) if isinstance(parts[0], Tensor) else sum(parts)
+
+    return Tally(*(join([getattr(tally, f.name) for tally in tallies]) for f in fields(Tally)))
 
 
 class Solver(ABC):
@@ -56,6 +79,10 @@ class Solver(ABC):
     def process(self, model: ScoreModel) -> Reverse:
         """The process that this solver solves for a model."""
         return Reverse(model, self.noise_level)
+
+    def grid(self, model: ScoreModel, steps: int, t_min: float | None = None) -> Grid:
+        """The grid that `sample` gives this solver when it is told a number of steps, falling."""
+        return natural(model.sde, steps, t_min=t_min)
 
     @abstractmethod
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:

@@ -31,10 +31,10 @@ from sdediff.checkpoints import (
     write_json,
     write_tensors,
 )
+from sdediff.draws import mix
 from sdediff.errors import CheckpointError, DivergenceError, OptionError, ShapeError
 from sdediff.losses import WEIGHTINGS, denoising
 from sdediff.model import ScoreModel
-from sdediff.noise import mix
 from sdediff.sde import fresh_seed
 from sdediff.shapes import check_state
 

@@ -1,4 +1,4 @@
-"""Noise sources: rows that do not know their batch, Brownian increments, and one path seen through any grid."""
+"""Noise sources: rows that do not know their batch, Brownian increments, antithetic and recorded numbers."""
 
 import math
 from itertools import pairwise
@@ -9,15 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sdediff import BrownianPath, RowNoise
-from sdediff import noise as noise_module
-from sdediff.errors import CapabilityError, TimeError
-from sdediff.noise import RowDraws, keyed_normal, mix
+import sdediff as sd
+from sdediff.draws import Blocks, RowDraws, mix
+from sdediff.errors import CapabilityError, OptionError, ShapeError
+from sdediff.noise import Antithetic, BrownianPath, Recorded, Recorder, RowNoise
 from sdediff.testing import time_grids
 
 F64 = torch.float64
 EVENTS = [(), (1,), (2, 5), (4, 8, 8)]
-SOURCES = [RowNoise(11), BrownianPath(11, 0.0, 2.0, depth=4)]
+PATH = BrownianPath(11, 0.0, 2.0, depth=6)
+WITH_INTEGRALS = BrownianPath(11, 0.0, 2.0, depth=6, integrals=True)
+NUMBERS = torch.randn(40, 64, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+SOURCES = [RowNoise(11), PATH, WITH_INTEGRALS, Antithetic(RowNoise(11)), Antithetic(WITH_INTEGRALS)]
+KNOW_INTEGRALS = [source for source in SOURCES if source is not PATH]
 
 
 def at(t):
@@ -28,12 +32,13 @@ def empty(rows, *event, dtype=F64):
     return torch.zeros(rows, *event, dtype=dtype)
 
 
-def record(stream, x):
+def record(source, x, first_row=0):
     """Everything that a solve may ask of a stream, three steps of it."""
+    stream, integrals = source.open(first_row), source in KNOW_INTEGRALS
     answers = [stream.normal(x)]
     for t, s in ((2.0, 1.3), (1.3, 0.4), (0.4, 0.1)):
         answers += [stream.unit(x, at(t), at(s)), stream.increment(x, at(t), at(s)), stream.normal(x)]
-        if isinstance(stream, noise_module._FreshStream):
+        if integrals:
             answers += stream.increment_and_integral(x, at(t), at(s))
     return torch.stack(answers)
 
@@ -47,11 +52,11 @@ CHUNKS = ((0, 1), (0, 7), (0, 64), (1, 1), (5, 7), (37, 27), (63, 1))
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_rows_are_bitwise_the_same_in_batches_of_1_7_and_64_and_at_any_offset(source, event, dtype):
-    whole = record(source.open(), empty(64, *event, dtype=dtype))
+    whole = record(source, empty(64, *event, dtype=dtype))
     assert whole.dtype == dtype
     assert bool(whole.isfinite().all())
     for first, rows in CHUNKS:
-        part = record(source.open(first), empty(rows, *event, dtype=dtype))
+        part = record(source, empty(rows, *event, dtype=dtype), first)
         assert torch.equal(part, whole[:, first : first + rows])
 
 
@@ -71,10 +76,72 @@ def test_chunks_that_straddle_blocks_join_bitwise(first, rows, size, seed):
     assert torch.equal(together, torch.cat(apart))
 
 
+@pytest.mark.parametrize("size", [2, 300, 5000])
+def test_rows_are_the_same_however_many_draws_are_made_ahead(size):
+    """60 draws: several refills, one row a block at 5000, blocks that a chunk cuts at 2 and 300."""
+    whole, part = RowNoise(1).open(), RowNoise(1).open(9)
+    for _ in range(60):
+        assert torch.equal(whole.normal(empty(15, size))[9:13], part.normal(empty(4, size)))
+
+
+def test_no_number_comes_twice_in_a_long_solve():
+    stream = RowNoise(2).open()
+    draws = torch.stack([stream.normal(empty(70, 3)) for _ in range(100)])
+    assert len(draws.unique()) == draws.numel()
+    columns = draws.reshape(100, -1)
+    correlation = columns @ columns.T / columns.shape[1]
+    assert (correlation - torch.diag(correlation.diagonal())).abs().max() < 5.5 / columns.shape[1] ** 0.5
+
+
+def test_states_of_another_shape_or_dtype_get_independent_numbers_of_their_own():
+    """The numbers of the first shape are those that it gets alone."""
+    alone, mixed = RowNoise(3).open(), RowNoise(3).open()
+    seen = []
+    for _ in range(20):
+        seen += mixed.normal(empty(4, 6)).flatten().tolist()
+        assert seen[-24:] == alone.normal(empty(4, 6)).flatten().tolist()
+        seen += mixed.normal(empty(4, 2, 3)).flatten().tolist() + mixed.normal(empty(4)).flatten().tolist()
+        assert mixed.normal(empty(4, 6, dtype=torch.float32)).dtype == torch.float32
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_stream_serves_one_batch():
+    stream = RowNoise(3).open()
+    stream.normal(empty(4, 6))
+    with pytest.raises(ShapeError, match=r"4 rows first, now for 3\. Open a stream for each batch"):
+        stream.normal(empty(3, 6))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_is_drawn_in_inference_mode_can_be_used_where_gradients_are_taken(source):
+    stream, x = source.open(), empty(70, 2)
+    with torch.inference_mode():
+        stream.normal(x), stream.unit(x, at(2.0), at(1.5))
+    weight = torch.ones(2, dtype=F64, requires_grad=True)
+    z = stream.normal(x)
+    (weight * z + weight * stream.unit(x, at(1.5), at(1.2))).sum().backward()
+    assert bool(weight.grad.isfinite().all())
+
+
+@settings(max_examples=30)
+@given(
+    first=st.integers(0, 500), batch=st.integers(1, 200), event=st.sampled_from([(), (1,), (3,), (7, 11), (3, 40, 40)])
+)
+def test_blocks_cover_the_rows_of_a_batch(first, batch, event):
+    blocks = Blocks.of(torch.Size((batch, *event)), first)
+    size = math.prod(event)
+    rows = torch.tensor([n * blocks.rows + k for n in blocks.numbers for k in range(blocks.rows)])
+    draws = rows.reshape(len(blocks.numbers), 1, blocks.rows, 1).expand(-1, 2, -1, size)
+    assert blocks.entries == blocks.rows * size
+    got = blocks.rows_of(draws.reshape(len(blocks.numbers), 2, -1))
+    assert got.shape == (2, batch, *event)
+    assert torch.equal(got.reshape(2, batch, -1)[:, :, 0], torch.arange(first, first + batch).expand(2, -1))
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_source_replays_and_its_stream_moves_on(source):
     x = empty(5, 3)
-    assert torch.equal(record(source.open(), x), record(source.open(), x))
+    assert torch.equal(record(source, x), record(source, x))
     stream = source.open()
     assert not torch.equal(stream.normal(x), stream.normal(x))
 
@@ -83,9 +150,10 @@ def test_a_source_replays_and_its_stream_moves_on(source):
 @pytest.mark.parametrize("make", [RowNoise, lambda seed: BrownianPath(seed, 0.0, 1.0)])
 def test_no_two_rows_seeds_or_entries_share_numbers(make, size):
     """An event of 5000 entries has a block for every row."""
-    draws = torch.cat([make(seed).open().unit(empty(20, size), at(1.0), at(0.0)) for seed in (0, 1, -1, 2**40, 2**63)])
+    t, s = at(0.93), at(0.41)
+    draws = torch.cat([make(seed).open().unit(empty(20, size), t, s) for seed in (0, 1, -1, 2**40, 2**63)])
     assert len(draws.flatten().unique()) == draws.numel()
-    far = make(0).open(2**31).unit(empty(2, size), at(1.0), at(0.0))
+    far = make(0).open(2**31).unit(empty(2, size), t, s)
     assert not set(far.flatten().tolist()) & set(draws.flatten().tolist())
 
 
@@ -94,7 +162,8 @@ def test_no_two_rows_seeds_or_entries_share_numbers(make, size):
 def test_blocks_of_one_solve_have_distinct_generators(seed, first, rows):
     draw = RowDraws(seed, first)
     draw(empty(rows, 4096))
-    seeds = [generator.initial_seed() for generator in draw._generators]
+    (stream,) = draw._streams.values()
+    seeds = [generator.initial_seed() for generator in stream._generators]
     assert len(set(seeds)) == rows
     assert all(0 <= s < 2**32 for s in seeds), "a CPU generator keeps 32 bits of its seed"
 
@@ -113,7 +182,7 @@ def test_seeds_are_hashed_to_64_bits_without_collisions_and_in_order():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1, 50])
-@pytest.mark.parametrize("source", [RowNoise(3), BrownianPath(3, -1.0, 2.0, depth=8)])
+@pytest.mark.parametrize("source", [RowNoise(3), BrownianPath(3, -1.0, 2.0, depth=8), Antithetic(RowNoise(3))])
 def test_unit_and_normal_are_standard_normal(source, size, dtype):
     """Kolmogorov-Smirnov at one in 10^9 and the first four moments within 5 standard errors."""
     n = 100_000
@@ -192,160 +261,144 @@ def test_the_increment_of_increment_and_integral_is_the_one_a_plain_solve_draws(
     torch.testing.assert_close(increment, RowNoise(9).open().increment(x, at(0.7), at(0.2)))
 
 
-# Brownian paths
+# Antithetic rows
 
 
-@settings(max_examples=25)
-@given(grid=time_grids(max_steps=20), seed=st.integers(0, 2**40), event=st.sampled_from([(), (3,), (2, 2)]))
-def test_the_increments_of_a_fine_grid_sum_to_those_of_a_coarse_one(grid, seed, event):
-    path, x = BrownianPath(seed, 0.0, 1.0), empty(3, *event)
-    fine = path.open()
-    total = sum(fine.increment(x, t, s) for t, s in pairwise(grid))
-    torch.testing.assert_close(total, path.open().increment(x, grid[0], grid[-1]), rtol=1e-11, atol=1e-12)
+@pytest.mark.parametrize("inner", [RowNoise(5), WITH_INTEGRALS])
+@pytest.mark.parametrize(("first", "rows"), [(0, 1), (0, 8), (1, 1), (1, 7), (2, 5), (7, 6)])
+def test_antithetic_rows_are_those_of_the_other_source_with_both_signs(inner, first, rows):
+    x, pairs = empty(rows, 3), empty(8, 3)
+    mirrored, plain = Antithetic(inner).open(first), inner.open()
+    t, s = at(1.7), at(0.6)
+
+    def check(got, numbers):
+        expected = torch.stack([(1 if row % 2 == 0 else -1) * numbers[row // 2] for row in range(first, first + rows)])
+        assert torch.equal(got, expected)
+
+    check(mirrored.normal(x), plain.normal(pairs))
+    check(mirrored.unit(x, t, s), plain.unit(pairs, t, s))
+    check(mirrored.increment(x, t, s), (s - t).abs().sqrt() * plain.unit(pairs, t, s))
+    for got, numbers in zip(
+        mirrored.increment_and_integral(x, t, s), plain.increment_and_integral(pairs, t, s), strict=True
+    ):
+        check(got, numbers)
 
 
-@settings(max_examples=20)
-@given(times=st.lists(st.floats(-1.0, 3.0), min_size=1, max_size=12), seed=st.integers(0, 2**40), data=st.data())
-def test_the_value_of_a_path_does_not_depend_on_what_was_asked_before(times, seed, data):
-    path, x = BrownianPath(seed, -1.0, 3.0), empty(2, 3)
-    stream = path.open()
-    inquisitive = {t: stream.value(x, at(t)) for t in data.draw(st.permutations(times))}
-    stream.normal(x)
-    for t in times:
-        assert torch.equal(inquisitive[t], path.open().value(x, at(t)))
-        assert torch.equal(inquisitive[t], stream.value(x, at(t)))
+def test_antithetic_samples_of_a_symmetric_target_are_opposite():
+    """A centred Gaussian: the sampler is odd in its noise, start included, in any chunks."""
+    model = sd.exact.Gaussian(torch.zeros(2, dtype=F64), 0.3).model(sd.VP())
+    options = {"steps": 6, "solver": sd.EulerMaruyama(), "noise": Antithetic(RowNoise(0))}
+    whole = sd.sample(model, (10, 2), **options).x
+    torch.testing.assert_close(whole[::2], -whole[1::2], rtol=1e-12, atol=1e-12)
+    assert len(whole.abs().unique()) >= 10
+    torch.testing.assert_close(sd.sample(model, (10, 2), batch_size=3, **options).x, whole, rtol=1e-12, atol=1e-12)
 
 
-def test_a_path_starts_at_zero_and_turns_around():
-    stream, x = BrownianPath(1, 0.5, 2.0).open(), empty(3, 2)
-    assert torch.equal(stream.value(x, at(0.5)), x)
-    assert bool((stream.value(x, at(2.0)) != 0).all())
-    assert torch.equal(stream.increment(x, at(0.6), at(1.7)), -stream.increment(x, at(1.7), at(0.6)))
-    assert torch.equal(stream.increment(x, at(0.5), at(1.7)), stream.value(x, at(1.7)))
+def test_antithetic_increments_take_times_per_row_but_its_integrals_do_not():
+    t, s, x = at([0.1, 0.5, 2.0]), at([0.3, 0.1, 2.0]), empty(3, 2)
+    unit = Antithetic(RowNoise(6)).open().unit(x, t, s)
+    got = Antithetic(RowNoise(6)).open().increment(x, t, s)
+    torch.testing.assert_close(got, (s - t).abs().sqrt()[:, None] * unit)
+    with pytest.raises(CapabilityError, match="not for a time per row"):
+        Antithetic(RowNoise(6)).open().increment_and_integral(x, t, s)
 
 
-class _OneHot:
-    """Stands for the generators: every new seed is a new coordinate, and a path its vector of coefficients."""
-
-    def __init__(self, seed, first_row):
-        self.seed, self.draws = seed, 0
-        assert first_row == 5
-
-    def __call__(self, x):
-        coordinate = _OneHot.seen.setdefault((self.seed, self.draws), len(_OneHot.seen))
-        self.draws += 1
-        out = torch.zeros_like(x)
-        out[0, coordinate] = 1.0
-        return out
+# Some rows
 
 
-@settings(max_examples=15)
-@given(t0=st.floats(-3, 3), length=st.floats(0.01, 50), parts=st.lists(st.integers(0, 64), min_size=2, max_size=8))
-def test_the_covariance_of_a_path_is_exactly_the_minimum_of_the_times(t0, length, parts):
-    """On the dyadic points of the tree, with the coefficients of every node in place of its random number."""
-    _OneHot.seen = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(noise_module, "RowDraws", _OneHot)
-        patch.setattr(noise_module, "keyed_normal", lambda x, key, first_row: _OneHot(key, first_row)(x))
-        stream, x = BrownianPath(0, t0, t0 + length, depth=12).open(5), empty(1, 200)
-        values = torch.cat([stream.value(x, at(t0 + length * k / 64)) for k in parts])
-        extra = stream.normal(x)
-    elapsed = length * torch.tensor(parts, dtype=F64) / 64
-    expected = torch.minimum(elapsed[:, None], elapsed[None])
-    torch.testing.assert_close(values @ values.T, expected, rtol=1e-9, atol=1e-9 * length)
-    assert float((values @ extra.T).abs().max()) == 0.0, "normal() is independent of the path"
+@pytest.mark.parametrize("source", SOURCES)
+def test_remaining_rows_get_the_numbers_that_they_get_in_the_whole_batch(source):
+    whole, parts, x = source.open(), source.open(), empty(70, 3)
+    grid = (1.9, 1.4, 1.1, 0.6)
+    for count, (t, s) in zip((70, 40, 1), pairwise(grid), strict=True):
+        index = torch.arange(69, -1, -70 // count)
+        some, t, s = parts.rows(index, 70), at(t), at(s)
+        assert torch.equal(some.normal(x[index]), whole.normal(x)[index])
+        assert torch.equal(some.unit(x[index], t, s), whole.unit(x, t, s)[index])
+        torch.testing.assert_close(some.increment(x[index], t, s), (whole.increment(x, t, s)[index]))
+        if source in KNOW_INTEGRALS:
+            for a, b in zip(
+                some.increment_and_integral(x[index], t, s), whole.increment_and_integral(x, t, s), strict=True
+            ):
+                assert torch.equal(a, b[index])
 
 
-@pytest.mark.parametrize("depth", [1, 2, 5])
-def test_between_its_leaves_a_path_is_linear_and_its_covariance_is_short_by_the_bridge(depth):
-    """Inside a leaf of width w the bridge variance u (w - u) / w is missing, and nothing else."""
-    _OneHot.seen = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(noise_module, "RowDraws", _OneHot)
-        patch.setattr(noise_module, "keyed_normal", lambda x, key, first_row: _OneHot(key, first_row)(x))
-        stream, x = BrownianPath(0, 0.0, 1.0, depth=depth).open(5), empty(1, 100)
-        width = 2.0**-depth
-        for leaf in range(2**depth):
-            for share in (0.25, 0.5, 0.8):
-                w = stream.value(x, at((leaf + share) * width))
-                expected = (leaf + share) * width - share * (1 - share) * width
-                assert (w @ w.T).item() == pytest.approx(expected, rel=1e-9)
+def test_remaining_rows_may_have_a_time_each():
+    index, t, s = torch.tensor([5, 2]), at([0.1, 0.5]), at([0.3, 0.1])
+    got = RowNoise(6).open().rows(index, 8).increment(empty(2, 3), t, s)
+    unit = RowNoise(6).open().normal(empty(8, 3))[index]
+    torch.testing.assert_close(got, (s - t).abs().sqrt()[:, None] * unit)
 
 
-def test_the_values_of_a_path_have_covariance_min_s_t():
-    """Through the generators themselves: 20000 rows, every entry within 5 standard errors."""
-    rows, t1 = 20_000, 2.0
-    stream, x = BrownianPath(2, 0.0, t1).open(), empty(rows, 1)
-    times = [0.1, 0.5, 0.7310585786, 1.0, 1.9, 2.0]
-    values = torch.cat([stream.value(x, at(t)) for t in times], dim=1)
-    for i, s in enumerate(times):
-        for j, t in enumerate(times):
-            error = math.sqrt((s * t + min(s, t) ** 2) / rows)
-            assert abs((values[:, i] * values[:, j]).mean().item() - min(s, t)) < 5 * error
+# Recorded numbers
 
 
-@pytest.mark.parametrize(("t", "s"), [(0.0, 1.0), (0.75, 0.5), (0.3, 0.300001)])
-def test_the_unit_of_a_path_is_its_increment_over_the_root_of_the_step(t, s):
-    stream, x = BrownianPath(3, 0.0, 1.0).open(), empty(4, 2)
-    expected = (stream.value(x, at(s)) - stream.value(x, at(t))) / math.sqrt(abs(s - t))
-    torch.testing.assert_close(stream.unit(x, at(t), at(s)), expected, rtol=1e-9, atol=1e-9)
+def test_recorded_numbers_come_in_their_order_and_by_row():
+    t, s, x = at(0.9), at(0.4), empty(5, 4)
+    stream = Recorded(NUMBERS).open(7)
+    assert torch.equal(stream.normal(x), NUMBERS[0, 7:12])
+    assert torch.equal(stream.unit(x, t, s), NUMBERS[1, 7:12])
+    torch.testing.assert_close(stream.increment(x, t, s), math.sqrt(0.5) * NUMBERS[2, 7:12])
+    increment, integral = stream.increment_and_integral(x, t, s)
+    torch.testing.assert_close(increment, math.sqrt(0.5) * NUMBERS[3, 7:12])
+    torch.testing.assert_close(integral, 0.25 * increment + math.sqrt(0.5**3 / 12) * NUMBERS[4, 7:12])
+    assert stream.normal(x.float()).dtype == torch.float32
 
 
-def test_a_path_in_float32_is_normal_in_float32():
-    rows = 20_000
-    w = BrownianPath(4, 0.0, 1.0).open().increment(empty(rows, 1, dtype=torch.float32), at(0.9), at(0.4))
-    assert w.dtype == torch.float32
-    assert abs((w.double() ** 2).mean().item() - 0.5) < 5 * 0.5 * math.sqrt(2 / rows)
+@pytest.mark.parametrize("inner", [RowNoise(5), BrownianPath(5, 0.0, 1.0, integrals=True), Antithetic(RowNoise(1))])
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("solver", [sd.EulerMaruyama(), sd.DDPM(), sd.TorchSDE("srk")])
+def test_a_recorded_solve_replays_bitwise(inner, batch_size, solver):
+    model = sd.exact.Gaussian(torch.ones(2), 0.3).model(sd.VP())
+    recorder = Recorder(inner)
+    options = {"steps": 4, "solver": solver, "batch_size": batch_size}
+    sd.sample(model, (4, 2), noise=recorder, **options)
+    solved = sd.sample(model, (8, 2), noise=recorder, **options).x
+    draws = 1 + 4 * (2 if isinstance(solver, sd.TorchSDE) else 1)
+    assert recorder.numbers.shape == (draws, 8, 2)
+    assert torch.equal(sd.sample(model, (8, 2), noise=Recorded(recorder.numbers), **options).x, solved)
+    plain = sd.sample(model, (8, 2), noise=inner, **options).x
+    torch.testing.assert_close(solved, plain, rtol=1e-4, atol=1e-5)
+    with pytest.raises(OptionError, match=f"hold {draws - 1} draws and the solve needs at least {draws}:"):
+        sd.sample(model, (8, 2), noise=Recorded(recorder.numbers[:-1]), **options)
 
 
-def test_coarse_and_fine_euler_steps_on_one_path_agree_to_strong_order_one():
-    """dx = -x dt + dw: the gap between n and 2n steps on the same paths falls as 1 / n, which fresh noise would not."""
-    path, x0 = BrownianPath(5, 0.0, 1.0), torch.ones(2000, 1, dtype=F64)
-
-    def end(n):
-        stream, x = path.open(), x0
-        times = torch.linspace(0, 1, n + 1, dtype=F64)
-        for t, s in pairwise(times):
-            x = x - x * (s - t) + stream.increment(x, t, s)
-        return x
-
-    gaps = [(end(n) - end(2 * n)).square().mean().sqrt().item() for n in (8, 16, 32)]
-    assert 1.8 < gaps[0] / gaps[1] < 2.2
-    assert 1.8 < gaps[1] / gaps[2] < 2.2
+def test_recorded_integrals_are_standard_normal_numbers():
+    """What a path of another construction gives is brought to two independent normal numbers a step."""
+    recorder = Recorder(BrownianPath(8, 0.0, 1.0, integrals=True))
+    stream, x = recorder.open(), empty(20_000)
+    for t, s in ((0.9, 0.4), (0.4, 0.35)):
+        stream.increment_and_integral(x, at(t), at(s))
+    correlation = recorder.numbers @ recorder.numbers.T / 20_000
+    assert (correlation - torch.eye(4)).abs().max() < 5 * math.sqrt(2 / 20_000)
 
 
-def test_a_path_keeps_only_the_branch_it_needs():
-    stream, x = BrownianPath(6, 0.0, 1.0, depth=24).open(), empty(1, 1)
-    for t in torch.linspace(0, 1, 301, dtype=F64):
-        stream.value(x, t)
-    assert len(stream._branch) <= 25
+def test_a_recorder_keeps_draws_that_are_changed_in_place():
+    recorder = Recorder(RowNoise(0))
+    stream, x = recorder.open(), empty(3, 2)
+    draw = stream.normal(x)
+    kept = draw.clone()
+    draw.zero_()
+    assert torch.equal(recorder.numbers[0], kept)
 
 
-# Refusals
+def test_the_wrong_recorded_numbers_are_refused():
+    for numbers in (torch.zeros(3), torch.zeros(3, 4, 2, dtype=torch.int64), [0.0]):
+        with pytest.raises(ShapeError, match=r"floating-point tensor of shape \(draws, batch, \*event\)"):
+            Recorded(numbers)
+    with pytest.raises(ShapeError, match=r"rows 62 to 65 of a state \(4, 4\) need \(draws, 66 or more, 4\)"):
+        Recorded(NUMBERS).open(62).normal(empty(4, 4))
+    with pytest.raises(ShapeError, match=r"\(40, 64, 4\)"):
+        Recorded(NUMBERS).open().normal(empty(4, 5))
 
 
-def test_a_path_refuses_times_outside_its_span_and_accepts_its_ends():
-    stream, x = BrownianPath(0, 0.25, 0.5).open(), empty(1, 1)
-    stream.value(x, at(0.25)), stream.value(x, at(0.5))
-    for t in (0.2499, 0.5001):
-        with pytest.raises(TimeError, match=rf"\[0.25, 0.5\].*t = {t}"):
-            stream.value(x, at(t))
-
-
-def test_a_path_gives_no_time_integral_and_no_times_per_row():
-    stream, x = BrownianPath(0, 0.0, 1.0).open(), empty(2, 1)
-    with pytest.raises(CapabilityError, match=r"_PathStream.*seed=\.\.\."):
-        stream.increment_and_integral(x, at(0.0), at(1.0))
-    with pytest.raises(CapabilityError, match="per-row times need RowNoise"):
-        stream.value(x, at([0.0, 1.0]))
-
-
-def test_keyed_numbers_depend_on_key_and_row_only_and_not_on_the_dtype():
-    x = torch.empty(70, 100, dtype=F64)
-    whole = keyed_normal(x, 7, 0)
-    assert torch.equal(keyed_normal(x[:9], 7, 35), whole[35:44])
-    assert torch.equal(keyed_normal(x.float(), 7, 0), whole.float())
-    assert not torch.isclose(keyed_normal(x, 8, 0), whole).any()
-    assert len(whole.unique()) == whole.numel()
-    assert abs(whole.mean()) < 5 / 7000**0.5
-    assert abs(whole.var() - 1) < 5 * (2 / 7000) ** 0.5
+def test_a_recorder_without_a_whole_record_says_so():
+    recorder = Recorder(RowNoise(0))
+    with pytest.raises(OptionError, match="Nothing is recorded yet"):
+        _ = recorder.numbers
+    first, second, x = recorder.open(0), recorder.open(2), empty(2, 1)
+    with pytest.raises(OptionError, match="Nothing is recorded yet"):
+        _ = recorder.numbers
+    first.normal(x), second.normal(x), second.normal(x)
+    with pytest.raises(OptionError, match=r"different numbers of times \(1, 2\)"):
+        _ = recorder.numbers

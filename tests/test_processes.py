@@ -8,6 +8,7 @@ import torch
 from helpers import NAMED, name
 
 import sdediff as sd
+from sdediff.linear import LinearSDE
 
 F64 = torch.float64
 T = torch.tensor([1e-5, 1e-3, 0.02, 0.3, 0.6, 0.99], dtype=F64)
@@ -126,3 +127,14 @@ def test_schedules_also_at_the_published_grid_of_diffusers():
     sde = sd.DiscreteVP(scheduler.betas.double())
     i = torch.arange(1, 1001, dtype=F64) / 1000
     torch.testing.assert_close(sde.alpha(i) ** 2, scheduler.alphas_cumprod.double(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("sde", [*NAMED, sd.VP(0.2, 15.0), sd.SubVP(0.2, 15.0), sd.CosineVP(0.1, t_max=1.0)], ids=name)
+def test_derivatives_in_closed_form_are_those_of_automatic_differentiation(sde):
+    t = sde.t_max * torch.cat([T, torch.ones(1, dtype=F64)])
+    closed, derived = (torch.stack(rates) for rates in (sde.scale_rates(t), LinearSDE.scale_rates(sde, t)))
+    torch.testing.assert_close(closed, derived, rtol=1e-10, atol=1e-15)
+    rates, derived_rates = (torch.stack(pair)[:, :-1] for pair in (sde.rates(t), LinearSDE.rates(sde, t)))
+    torch.testing.assert_close(rates, derived_rates, rtol=1e-9, atol=0)
+    with torch.inference_mode():
+        assert torch.equal(torch.stack(LinearSDE.scale_rates(sde, t + 0)), derived)
