@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -62,21 +63,36 @@ def run_adaptive(
 
 def grid(model: sd.ScoreModel, steps: int) -> Tensor:
     """The grid that peers are given when they run on ours."""
-    return sd.grids.natural(model.sde, steps)
+    return sd.Exponential().grid(model, steps)
+
+
+@cache
+def calibration(model: sd.ScoreModel, nfe: int) -> sd.Calibration:
+    """A pilot run of 64 rows, drawn with a seed of its own, for one number of steps."""
+    size = model.network.target.event[0]
+    return sd.calibrate(model, (64, size), nfe, seed=1)
 
 
 FIXED: dict[str, Ours] = {
+    "Exponential": Ours(lambda model, nfe: sd.Exponential()),
+    "Exponential, calibrated": Ours(lambda model, nfe: sd.Exponential(calibration=calibration(model, nfe))),
+    "DPM-Solver++(2M)": Ours(lambda model, nfe: sd.Exponential(2, predict="data", corrector=False)),
+    "UniPC": Ours(lambda model, nfe: sd.UniPC(), times=grid),
+    "ExponentialRungeKutta": Ours(lambda model, nfe: sd.ExponentialRungeKutta(2), calls=2),
     "DDIM": Ours(lambda model, nfe: sd.DDIM()),
     "Heun": Ours(lambda model, nfe: sd.Heun(), calls=2),
 }
 """Deterministic samplers on a grid."""
 
 ADAPTIVE: dict[str, OursAdaptive] = {
+    "Adaptive": OursAdaptive(lambda model, tol: sd.Adaptive(rtol=tol, atol=tol)),
     "TorchDiffEq dopri5": OursAdaptive(lambda model, tol: sd.TorchDiffEq("dopri5", rtol=tol, atol=tol)),
 }
 """Deterministic methods with a tolerance."""
 
 NOISY: dict[str, Ours] = {
+    "Exponential, level 1": Ours(lambda model, nfe: sd.Exponential(noise_level=1.0)),
+    "Exponential, level 0.5": Ours(lambda model, nfe: sd.Exponential(noise_level=0.5)),
     "DDPM": Ours(lambda model, nfe: sd.DDPM()),
     "EulerMaruyama": Ours(lambda model, nfe: sd.EulerMaruyama()),
     "TorchSDE srk": Ours(lambda model, nfe: sd.TorchSDE("srk"), calls=2),

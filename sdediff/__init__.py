@@ -17,6 +17,9 @@ from sdediff.bits import BitsPerDim as BitsPerDim
 from sdediff.bits import bits_per_dim as bits_per_dim
 from sdediff.calibration import Calibration as Calibration
 from sdediff.calibration import calibrate as calibrate
+from sdediff.denoised import clamp_denoised as clamp_denoised
+from sdediff.denoised import dynamic_threshold as dynamic_threshold
+from sdediff.denoised import map_denoised as map_denoised
 from sdediff.errors import CapabilityError as CapabilityError
 from sdediff.errors import CheckFailure as CheckFailure
 from sdediff.errors import CheckpointError as CheckpointError

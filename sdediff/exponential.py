@@ -293,7 +293,7 @@ class Exponential(TableSolver):
     """Exponential Adams methods of any order and noise level; the default of `sample` and `encode`.
 
     Args:
-        order: number of values the predictor uses, 1 to 5; None chooses 2 below 10 steps, 3 below 20, 4 below 40, else
+        order: number of values the predictor uses, 1 to 5; None chooses 2 below 8 steps, 3 below 25, 4 below 40, else
             5 (2 at most for noisy processes, whose values jump from step to step).
         noise_level: lambda of the process, a number >= 0 or a function of time, taken at the middle of each step (any
             function keeps the marginals).
@@ -332,6 +332,10 @@ class Exponential(TableSolver):
     def deterministic(self) -> bool:
         return not callable(self.noise_level) and self.noise_level == 0
 
+    @property
+    def fixed(self) -> bool:
+        return not callable(self.noise_level)
+
     def process(self, model: ScoreModel) -> Reverse:
         return Reverse(model, 1.0 if callable(self.noise_level) else self.noise_level)
 
@@ -369,7 +373,7 @@ class Exponential(TableSolver):
             return self.order
         if self.calibration is not None and self.deterministic:
             return self.calibration.order(steps)
-        order = 2 if steps < 10 else 3 if steps < 20 else 4 if steps < 40 else 5
+        order = 2 if steps < 8 else 3 if steps < 25 else 4 if steps < 40 else 5
         return order if self.deterministic else min(order, 2)
 
     def _deviation(self, model: ScoreModel) -> float:

@@ -9,7 +9,7 @@ spread the steps evenly in some function of t:
 | `quadratic` | sqrt(t) (Song, Meng and Ermon 2021, DDIM) |
 | `log_snr` | log(alpha^2 / sigma^2) (Lu et al. 2022, DPM-Solver) |
 | `karras` | (sigma / alpha)^(1 / rho) (Karras et al. 2022, EDM) |
-| `tapered` | log(sigma / alpha), with steps growing to 1 / 0.15 of that where the state is nearly noise |
+| `tapered` | log(sigma / alpha), with steps growing to ten times that where the state is nearly noise |
 | `natural` | the process's own clock: log-SNR for a linear SDE, t for any other; what `sample` uses |
 """
 
@@ -83,15 +83,15 @@ def natural(sde: SDE, n: int, *, t_min: float | None = None) -> Grid:
     return _even(sde, n, t_min, sde.clock, sde.unclock)
 
 
-_KNEE, _CORNER, _SPARSE = 1.5, 0.6, 0.15
+_KNEE, _CORNER, _SPARSE = 1.35, 0.9, 0.1
 
 
 def tapered(sde: SDE, n: int, *, sigma_data: float = 1.0, t_min: float | None = None) -> Grid:
     r"""`n` steps even in log(sigma / alpha) as long as data can be seen in the state, and longer before, `(n + 1,)`.
 
-    With `l = log(sigma / (alpha sigma_data)) - 1.5`, the steps are even in `0.575 l - 0.425 sqrt(l^2 + 0.36)`: their
-    density in l is 1 far below the knee and 0.15 far above it. The three numbers were chosen on mixtures of Gaussians;
-    see `benchmarks/`.
+    With `l = log(sigma / (alpha sigma_data)) - 1.35`, the steps are even in `0.55 l - 0.45 sqrt(l^2 + 0.81)`: their
+    density in l is 1 far below the knee and 0.1 far above it. The three numbers were chosen on the three main targets
+    of `benchmarks/`, by `benchmarks.choose_grid`.
     """
     if not sigma_data > 0:
         raise OptionError(f"tapered needs sigma_data > 0; got {sigma_data}.")
@@ -100,7 +100,7 @@ def tapered(sde: SDE, n: int, *, sigma_data: float = 1.0, t_min: float | None = 
     knee = _KNEE + math.log(sigma_data)
 
     def to(t: Tensor) -> Tensor:
-        level = -linear.log_snr(t) / 2 - knee
+        level = linear.clock(t) / 2 - knee
         return mean * level - half * (level**2 + _CORNER**2).sqrt()
 
     def back(u: Tensor) -> Tensor:

@@ -154,6 +154,14 @@ class _WithLogDensity(SDE):
     def noisy(self) -> bool:
         return False
 
+    def rows(self, index: Tensor, batch: int) -> _WithLogDensity:
+        shared = self.vectors.stride(1) == 0
+        probes = self.vectors[:, : len(index)] if shared else self.vectors[:, index.to(self.vectors.device)]
+        return _WithLogDensity(self.model.rows(index, batch), self.divergence, probes, self.event)
+
+    def coefficients(self, t: Tensor, y: State) -> tuple[State, float]:
+        return self.drift(t, y), 0.0
+
     def drift(self, t: Tensor, y: State) -> State:
         size = math.prod(self.event)
         with torch.enable_grad():

@@ -259,7 +259,8 @@ class LinearSDE(SDE):
         return d_alpha, d_sigma
 
     def clock(self, t: Tensor) -> Tensor:
-        return -self.log_snr(t)
+        alpha, sigma = self.scales_at(t)
+        return 2 * (sigma.log() - alpha.log())
 
     def unclock(self, u: Tensor) -> Tensor:
         return self.time(-u)

@@ -52,6 +52,9 @@ class Point:
     sigma: Tensor
     sigma_data: float
 
+    def __getitem__(self, index: slice) -> Point:
+        return Point(self.sde, self.t[index], self.alpha[index], self.sigma[index], self.sigma_data)
+
 
 def _data(at: Point) -> Combination:
     return torch.ones_like(at.alpha), torch.zeros_like(at.alpha)
@@ -192,7 +195,7 @@ class ScoreModel:
         if kind not in PREDICTIONS:
             raise OptionError(f"Unknown view {kind!r}: write one of {', '.join(map(repr, PREDICTIONS))}.")
         clock = as_time(t)
-        return self.combine(clock, x, *PREDICTIONS[kind](self._point(clock)), condition=condition)
+        return self.combine(clock, x, *PREDICTIONS[kind](self.point(clock)), condition=condition)
 
     def combine(self, t: Time, x: State, m: Tensor, n: Tensor, *, condition: Any = None) -> State:
         """`m E[x_0 | x] + n E[eps | x]` from one network call; m and n are `()` or `(batch,)`."""
@@ -201,12 +204,16 @@ class ScoreModel:
 
     def weights(self, t: Tensor, m: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         """`(c_x, c_F)` with `m E[x_0 | x] + n E[eps | x] = c_x x + c_F F`, float64, for times of any shape."""
-        at = self._point(t)
+        return self.weights_at(self.point(t), m, n)
+
+    def weights_at(self, at: Point, m: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from a point that is known already."""
         p, q = PREDICTIONS[self.prediction](at)
         determinant = at.alpha * q - at.sigma * p
         return (m * q - n * p) / determinant, (at.alpha * n - at.sigma * m) / determinant
 
-    def _point(self, t: Tensor) -> Point:
+    def point(self, t: Tensor) -> Point:
+        """The SDE at times of any shape, as combinations are made from it."""
         return Point(self.linear, t, *self.linear.scales_at(t), self.sigma_data)
 
     def predict(self, t: Time, x: State, *, condition: Any = None) -> State:
@@ -233,13 +240,18 @@ class ScoreModel:
         extra = () if self.condition is None else (self.condition,)
         clocks: list[Tensor] = []
 
+        dtype: torch.dtype | None = None
+        rows = -1
+
         def at(k: int, x: State) -> State:
-            dtype = _dtype_of(self.network) or x.dtype
-            if not clocks or clocks[0].shape != x.shape[:1]:
+            nonlocal dtype, rows
+            if x.shape[0] != rows:
+                rows, dtype = x.shape[0], _dtype_of(self.network) or x.dtype
                 cast = seen.to(x.device, dtype) if seen.is_floating_point() else seen.to(x.device)
-                clocks[:] = cast[:, None].expand(-1, x.shape[0]).unbind()
+                clocks[:] = cast[:, None].expand(-1, rows).unbind()
             inputs = x if scales is None else scales[k] * x
-            return self._checked(self.network(_in(inputs, dtype), clocks[k], *extra), x)
+            output = self.network(inputs if inputs.dtype == dtype else inputs.to(dtype), clocks[k], *extra)
+            return self._checked(output, x)
 
         return at
 

@@ -227,7 +227,7 @@ class BrownianPath(Noise):
     seed: int
     t0: float
     t1: float
-    depth: int = 18
+    depth: int = 24
     integrals: bool = False
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -91,6 +92,7 @@ def _linear_integral_inverse(integral: Tensor, beta_min: float, beta_max: float)
 class VP(LinearSDE):
     """Variance-preserving SDE, `dx = -beta/2 x dt + sqrt(beta) dw`, `beta(t) = beta_min + t (beta_max - beta_min)`."""
 
+    _fixed: ClassVar[bool] = True
     beta_min: float = 0.1
     beta_max: float = 20.0
     t_min: float = 1e-5
@@ -117,6 +119,7 @@ class VP(LinearSDE):
 class SubVP(LinearSDE):
     """Sub-variance-preserving SDE: VP's drift, `g^2 = beta (1 - exp(-2 B))`, so that `sigma = 1 - alpha^2`."""
 
+    _fixed: ClassVar[bool] = True
     beta_min: float = 0.1
     beta_max: float = 20.0
     t_min: float = 1e-3
@@ -148,6 +151,7 @@ class VE(LinearSDE):
     variance `sigma(t)^2 - sigma_min^2` instead. Here t = 0 is the blurred data, and `t_min = 0`.
     """
 
+    _fixed: ClassVar[bool] = True
     sigma_min: float = 0.01
     sigma_max: float = 50.0
     t_min: float = 0.0
@@ -179,6 +183,7 @@ class VE(LinearSDE):
 class EDM(LinearSDE):
     """The SDE of Karras et al. 2022: `alpha = 1`, `sigma = t`, so the time is the noise level itself."""
 
+    _fixed: ClassVar[bool] = True
     sigma_min: float = 0.002
     sigma_max: float = 80.0
 
@@ -211,6 +216,7 @@ class EDM(LinearSDE):
 class CosineVP(LinearSDE):
     """Variance-preserving process with the cosine schedule; alpha reaches 0 at t = 1, just beyond `t_max`."""
 
+    _fixed: ClassVar[bool] = True
     offset: float = 0.008
     t_min: float = 1e-4
     t_max: float = 0.999
@@ -251,6 +257,7 @@ class CosineVP(LinearSDE):
 class SigmoidVP(LinearSDE):
     """Variance-preserving process with `beta(t) = beta_max sigmoid(ramp (2 t - 1))`."""
 
+    _fixed: ClassVar[bool] = True
     beta_max: float = 20.0
     ramp: float = 6.0
     t_min: float = 1e-5
@@ -289,6 +296,7 @@ class RectifiedFlow(LinearSDE):
     solver can start there. `RectifiedFlow(t_max=1.0)` starts from pure noise and suits ODE solvers and tables.
     """
 
+    _fixed: ClassVar[bool] = True
     t_min: float = 1e-4
     t_max: float = 0.999
 

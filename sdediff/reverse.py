@@ -17,7 +17,7 @@ Zhang and Chen 2023 (arXiv:2204.13902), the lambda family.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,9 @@ class Reverse(SDE):
     @property
     def t_max(self) -> float:  # type: ignore[override]  # a read-only view of the forward process
         return self.sde.t_max
+
+    def rows(self, index: Tensor, batch: int) -> Reverse:
+        return replace(self, model=self.model.rows(index, batch))
 
     @property
     def noisy(self) -> bool:

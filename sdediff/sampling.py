@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def grid_for(
 ) -> Grid:
     """The grid that the caller gave, checked, or the solver's own; rising if direction > 0."""
     if times is None:
-        falling = solver.grid(model, solver.default_steps if steps is None else steps, t_min)
+        falling = _grid(solver, model, solver.default_steps if steps is None else steps, t_min)
         return falling if direction < 0 else falling.flip(0)
     if steps is not None or t_min is not None:
         raise OptionError("Give either times=..., a whole grid, or steps=... and t_min=..., from which one is made.")
@@ -133,6 +134,23 @@ def grid_for(
     return grid
 
 
+def _grid(solver: Solver, model: ScoreModel, steps: int, t_min: float | None) -> Grid:
+    """The solver's own grid; kept for solvers and processes that cannot change."""
+    if solver.fixed and model.sde.fixed:
+        return _kept_grid(solver, model.sde, model.prediction, model.sigma_data, steps, t_min).clone()
+    return solver.grid(model, steps, t_min)
+
+
+@lru_cache(maxsize=256)
+def _kept_grid(solver: Solver, sde: SDE, prediction: str, sigma_data: float, steps: int, t_min: float | None) -> Grid:
+    return solver.grid(ScoreModel(_silent, sde, prediction, sigma_data=sigma_data), steps, t_min)
+
+
+def _silent(x: State, t: Tensor) -> State:
+    """Stands for a network where only its kind is asked for."""
+    return x
+
+
 def starts_at_prior(model: ScoreModel, t: Tensor) -> bool:
     """Whether t is the noise end of the SDE."""
     return abs(t.item() - model.sde.t_max) <= SLACK * model.sde.t_max
@@ -140,12 +158,11 @@ def starts_at_prior(model: ScoreModel, t: Tensor) -> bool:
 
 @contextmanager
 def evaluating(network: Callable[..., Tensor]) -> Iterator[None]:
-    """Evaluation mode for a network that is an `nn.Module`, and its own modes again afterwards."""
-    if not isinstance(network, torch.nn.Module):
-        yield
-        return
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
+    """Evaluation mode for a network that is or holds an `nn.Module`, and its own modes again afterwards."""
+    modules = getattr(network, "modules", None)
+    modes = {} if modules is None else {module: module.training for module in modules()}
+    for module in modes:
+        module.training = False
     try:
         yield
     finally:
@@ -323,8 +340,9 @@ def like_state(
 ) -> Tensor:
     """An empty state of the dtype and device to work in."""
     source: Tensor | None = x_init
-    if source is None and isinstance(model.network, torch.nn.Module):
-        source = next((p for p in model.network.parameters() if p.is_floating_point()), None)
+    parameters = getattr(model.network, "parameters", None)
+    if source is None and parameters is not None:
+        source = next((p for p in parameters() if p.is_floating_point()), None)
     if source is None:
         own = getattr(model.network, "dtype", None)
         source = torch.empty(0, dtype=own if isinstance(own, torch.dtype) else torch.get_default_dtype())

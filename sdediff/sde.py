@@ -111,6 +111,19 @@ class SDE(ABC):
         return Frame.plain(times, self.along(times).drift)
 
     @property
+    def fixed(self) -> bool:
+        """Whether solvers may keep grids and tables they made for this process and use them for equal ones.
+
+        A class says so by `_fixed = True` of its own, which its subclasses do not inherit: instances cannot change,
+        and those that are equal are the same process.
+        """
+        return bool(type(self).__dict__.get("_fixed", False))
+
+    def rows(self, index: Tensor, batch: int) -> SDE:
+        """This process for some rows of a batch, where rows have something of their own."""
+        return self
+
+    @property
     def noisy(self) -> bool:
         """Whether the process has noise at all; a solver draws none where it has not."""
         return True

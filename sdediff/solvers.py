@@ -84,6 +84,11 @@ class Solver(ABC):
         """The grid that `sample` gives this solver when it is told a number of steps, falling."""
         return natural(model.sde, steps, t_min=t_min)
 
+    @property
+    def fixed(self) -> bool:
+        """Whether equal solvers make equal grids and tables, so that they may be kept; see `SDE.fixed`."""
+        return True
+
     @abstractmethod
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
         """Prepare for the grid `times` and states like `x`; return the step."""

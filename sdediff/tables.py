@@ -20,13 +20,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from sdediff.errors import CapabilityError, OptionError
-from sdediff.linear import LinearSDE
-from sdediff.model import Combination, ScoreModel
+from sdediff.model import Combination, Point, ScoreModel
 from sdediff.noise import NoiseStream
 from sdediff.sde import SDE
 from sdediff.shapes import Grid, State
@@ -79,9 +79,9 @@ class TableSolver(Solver):
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
         model = model_of(process, self)
         with torch.no_grad():
-            table = self.table(model, times)
-            row = (_short if table.B.shape[1] == 1 else _long)(model, table, x, noise)
-        ends = table.ends
+            rows = _rows_for(self, model, times)
+        row = rows.start(model, x, noise)
+        ends = rows.table.ends
         if ends is None:
             return row
 
@@ -93,51 +93,92 @@ class TableSolver(Solver):
         return step
 
 
-def _short(model: ScoreModel, table: Table, x: State, noise: NoiseStream) -> Step:
-    """Rows without memory; the conversion of the network's output is part of their coefficients."""
-    starts = table.times[:-1]
-    keep, add = table.A, table.B[:, 0]
-    if table.remembers is not None:
-        from_x, from_output = model.weights(starts, *table.remembers)
-        keep, add = keep + add * from_x, add * from_output
-    _check_finite(model, table, torch.stack([keep, add], 1))
-    kept, added, jitter = keep.tolist(), add.tolist(), table.C.tolist()
-    output = model.along(starts)
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """A table made ready for the kind of network that will be called; all lists have an entry for each row.
 
-    def row(k: int, x: State) -> State:
-        after = (kept[k] * x).add(output(k, x), alpha=added[k])
-        return _jittered(after, jitter[k], table.times, k, noise)
+    Attributes:
+        table: what the solver said.
+        in_x, in_output: the remembered value in terms of the state (None if it needs none of it) and the output.
+    """
 
-    return row
+    table: Table
+    in_x: list[float] | None
+    in_output: list[float]
+
+    @classmethod
+    def of(cls, solver: TableSolver, model: ScoreModel, times: Grid) -> _Rows:
+        table = solver.table(model, times)
+        if table.remembers is None:
+            from_x, from_output = torch.zeros_like(table.A), torch.ones_like(table.A)
+        else:
+            from_x, from_output = model.weights(table.times[:-1], *table.remembers)
+        _check_finite(model, table, torch.cat([torch.stack([table.A, from_x, from_output], 1), table.B], 1))
+        negligible = bool((from_x.abs() < _NEGLIGIBLE).all())
+        return cls(table, None if negligible else from_x.tolist(), from_output.tolist())
+
+    @cached_property
+    def kept(self) -> list[float]:
+        return self.table.A.tolist()
+
+    @cached_property
+    def added(self) -> list[list[float]]:
+        return self.table.B.tolist()
+
+    @cached_property
+    def jitter(self) -> list[float]:
+        return self.table.C.tolist()
+
+    @cached_property
+    def ring(self) -> Tensor:
+        """B with its columns in the order of a ring, in which the value of row k lies in place `k mod memory`."""
+        count, depth = self.table.B.shape
+        places = (torch.arange(count)[:, None] - torch.arange(depth)) % depth
+        return torch.zeros_like(self.table.B).scatter_(1, places, self.table.B)
+
+    def start(self, model: ScoreModel, x: State, noise: NoiseStream) -> Step:
+        times, jitter = self.table.times, self.jitter
+        output = model.along(times[:-1])
+        memory = _None if len(self.table.B[0]) == 1 else _Ring if _may_multiply(x) else _List
+        advance = memory(self, x).advance
+
+        def row(k: int, x: State) -> State:
+            after = advance(k, x, output(k, x))
+            return after.add(noise.unit(x, times[k], times[k + 1]), alpha=jitter[k]) if jitter[k] else after
+
+        return row
 
 
-def _long(model: ScoreModel, table: Table, x: State, noise: NoiseStream) -> Step:
-    """Rows that remember the values of the last calls."""
-    starts = table.times[:-1]
-    from_x, from_output = (
-        (torch.zeros_like(starts), torch.ones_like(starts))
-        if table.remembers is None
-        else model.weights(starts, *table.remembers)
-    )
-    _check_finite(model, table, torch.cat([torch.stack([table.A, from_x, from_output], 1), table.B], 1))
-    negligible = bool((from_x.abs() < _NEGLIGIBLE).all())
-    in_x = None if negligible else from_x.tolist()
-    memory = (_Ring if _may_multiply(x) else _List)(table, in_x, from_output.tolist(), x)
-    jitter = table.C.tolist()
-    output = model.along(starts)
+def _rows_for(solver: TableSolver, model: ScoreModel, times: Grid) -> _Rows:
+    """The rows for a grid; kept for solvers and processes that cannot change."""
+    if solver.fixed and model.sde.fixed and times.device.type == "cpu":
+        kind = _Kind(model.linear, model.prediction, model.sigma_data)
+        return _kept_rows(solver, kind, times.numpy().tobytes())
+    return _Rows.of(solver, model, times)
 
-    def row(k: int, x: State) -> State:
-        return _jittered(memory.advance(k, x, output(k, x)), jitter[k], table.times, k, noise)
 
-    return row
+@dataclass(frozen=True)
+class _Kind:
+    """All of a model that coefficients depend on."""
+
+    sde: SDE
+    prediction: str
+    sigma_data: float
+
+
+@lru_cache(maxsize=256)
+def _kept_rows(solver: TableSolver, kind: _Kind, times: bytes) -> _Rows:
+    model = ScoreModel(_silent, kind.sde, kind.prediction, sigma_data=kind.sigma_data)
+    return _Rows.of(solver, model, torch.frombuffer(bytearray(times), dtype=torch.float64))
+
+
+def _silent(x: State, t: Tensor) -> State:
+    """Stands for a network where only coefficients are asked for."""
+    return x
 
 
 _NEGLIGIBLE = 1e-13
 """A weight of x below this is rounding: the values are the network's output, scaled."""
-
-
-def _jittered(x: State, size: float, times: Grid, k: int, noise: NoiseStream) -> State:
-    return x.add(noise.unit(x, times[k], times[k + 1]), alpha=size) if size else x
 
 
 def _may_multiply(x: State) -> bool:
@@ -146,19 +187,29 @@ def _may_multiply(x: State) -> bool:
     return full and not torch.is_grad_enabled()
 
 
+class _None:
+    """No memory; the conversion of the network's output is part of the coefficients."""
+
+    def __init__(self, rows: _Rows, x: State) -> None:
+        added = [row[0] for row in rows.added]
+        self.added = [a * b for a, b in zip(added, rows.in_output, strict=True)]
+        in_x = rows.in_x or [0.0] * len(added)
+        self.kept = [keep + a * b for keep, a, b in zip(rows.kept, added, in_x, strict=True)]
+
+    def advance(self, k: int, x: State, output: State) -> State:
+        return (self.kept[k] * x).add(output, alpha=self.added[k])
+
+
 class _Ring:
-    """The last values as rows of one matrix, so that their weighted sum is one product.
+    """The last values as rows of one matrix, so that their weighted sum is one product."""
 
-    The value of call k lies in row `k mod memory`.
-    """
-
-    def __init__(self, table: Table, in_x: list[float] | None, in_output: list[float], x: State) -> None:
-        self.kept, self.in_x, self.in_output = table.A.tolist(), in_x, in_output
-        count, depth = table.B.shape
-        rows = (torch.arange(count)[:, None] - torch.arange(depth)) % depth
-        self.weights = torch.zeros_like(table.B).scatter_(1, rows, table.B).to(x)[:, None].unbind()
+    def __init__(self, rows: _Rows, x: State) -> None:
+        self.kept, self.in_x, self.in_output = rows.kept, rows.in_x, rows.in_output
+        depth = rows.ring.shape[1]
+        self.weights = rows.ring.to(x)[:, None].unbind()
         self.values = torch.zeros(depth, x.numel(), dtype=x.dtype, device=x.device)
         self.slots = self.values.view(depth, *x.shape).unbind()
+        self.last, self.flat = x, x.reshape(1, -1)
 
     def advance(self, k: int, x: State, output: State) -> State:
         slot = self.slots[k % len(self.slots)]
@@ -166,16 +217,18 @@ class _Ring:
             torch.mul(output, self.in_output[k], out=slot)
         else:
             torch.mul(x, self.in_x[k], out=slot).add_(output, alpha=self.in_output[k])
-        return torch.addmm(x.reshape(1, -1), self.weights[k], self.values, beta=self.kept[k]).view(x.shape)
+        flat = self.flat if x is self.last else x.reshape(1, -1)
+        self.flat = torch.addmm(flat, self.weights[k], self.values, beta=self.kept[k])
+        self.last = self.flat.view(x.shape)
+        return self.last
 
 
 class _List:
     """The same by additions, which gradients flow through."""
 
-    def __init__(self, table: Table, in_x: list[float] | None, in_output: list[float], x: State) -> None:
-        self.kept, self.in_x, self.in_output = table.A.tolist(), in_x, in_output
-        self.weights = table.B.tolist()
-        self.values: deque[State] = deque(maxlen=table.B.shape[1])
+    def __init__(self, rows: _Rows, x: State) -> None:
+        self.kept, self.in_x, self.in_output, self.weights = rows.kept, rows.in_x, rows.in_output, rows.added
+        self.values: deque[State] = deque(maxlen=len(self.weights[0]))
 
     def advance(self, k: int, x: State, output: State) -> State:
         value = self.in_output[k] * output
@@ -197,25 +250,24 @@ def _check_finite(model: ScoreModel, table: Table, rows: Tensor) -> None:
     )
 
 
-def _spans(sde: LinearSDE, times: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """alpha and sigma at the ends of the steps, sigma at their starts, and `1 - snr_t / snr_s`."""
-    alpha, sigma = sde.alpha(times), sde.sigma(times)
-    log_snr = 2 * (alpha.log() - sigma.log())
-    return alpha[1:], sigma[1:], sigma[:-1], -torch.expm1(log_snr[:-1] - log_snr[1:])
+def _fresh(at: Point) -> Tensor:
+    """`1 - snr_t / snr_s` of the steps."""
+    log_snr = 2 * (at.alpha.log() - at.sigma.log())
+    return -torch.expm1(log_snr[:-1] - log_snr[1:])
 
 
-def _first_order(model: ScoreModel, times: Grid, kept: Tensor, added: Tensor) -> Table:
+def _first_order(model: ScoreModel, at: Point, kept: Tensor, added: Tensor) -> Table:
     """Table of `alpha_s xhat + kept epshat + added z`."""
-    alpha_s = model.linear.alpha(times)[1:]
-    from_x, from_output = model.weights(times[:-1], alpha_s, kept)
-    return Table(times, from_x, from_output[:, None], added)
+    from_x, from_output = model.weights_at(at[:-1], at.alpha[1:], kept)
+    return Table(at.t, from_x, from_output[:, None], added)
 
 
-def _ddim_noise(model: ScoreModel, times: Grid, eta: float) -> tuple[Tensor, Tensor]:
+def _ddim_noise(at: Point, eta: float) -> tuple[Tensor, Tensor]:
     """`(sqrt(sigma_s^2 - nu^2), nu)`."""
-    _, sigma_s, _, fresh = _spans(model.linear, times)
+    sigma_s = at.sigma[1:]
     if not eta:
         return sigma_s, torch.zeros_like(sigma_s)
+    fresh = _fresh(at)
     kept = 1 - eta**2 * fresh
     if bool((kept < 0).any() | (fresh < 0).any()):
         raise OptionError(
@@ -245,7 +297,8 @@ class DDIM(TableSolver):
         return self.eta
 
     def table(self, model: ScoreModel, times: Grid) -> Table:
-        return _first_order(model, times, *_ddim_noise(model, times, self.eta))
+        at = model.point(times)
+        return _first_order(model, at, *_ddim_noise(at, self.eta))
 
 
 @dataclass(frozen=True)
@@ -267,8 +320,8 @@ class DDPM(TableSolver):
             raise OptionError(f"DDPM has noise level 1; got {self.noise_level}. For other levels use DDIM(eta=...).")
 
     def table(self, model: ScoreModel, times: Grid) -> Table:
-        kept, added = _ddim_noise(model, times, 1.0)
+        at = model.point(times)
+        kept, added = _ddim_noise(at, 1.0)
         if self.variance == "beta":
-            _, _, sigma_t, fresh = _spans(model.linear, times)
-            added = sigma_t * fresh.sqrt()
-        return _first_order(model, times, kept, added)
+            added = at.sigma[:-1] * _fresh(at).sqrt()
+        return _first_order(model, at, kept, added)

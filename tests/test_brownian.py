@@ -201,7 +201,7 @@ def test_a_path_starts_at_zero_and_turns_around():
 def test_the_integrals_of_a_fine_grid_add_up_to_those_of_a_coarse_one(grid, seed, rising):
     """int_t^u (W - W(t)) = int_t^s (W - W(t)) + int_s^u (W - W(s)) + (W(s) - W(t)) |u - s|, in either direction."""
     grid = grid.flip(0) if rising else grid
-    path, x = BrownianPath(seed, 0.0, 1.0, integrals=True), empty(3, 2)
+    path, x = BrownianPath(seed, 0.0, 1.0, depth=30, integrals=True), empty(3, 2)
     stream, moved, total = path.open(), empty(3, 2), empty(3, 2)
     for t, s in pairwise(grid):
         increment, integral = stream.increment_and_integral(x, t, s)

@@ -1,5 +1,6 @@
 """Exponential integrators against the formula of their docstring, evaluated here by brute force."""
 
+import dataclasses
 import math
 import pickle
 
@@ -23,9 +24,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 MIXTURE = sd.exact.GaussianMixture(
     torch.tensor([1.0, 2.0, 1.0]), torch.randn(3, 2, dtype=F64, generator=GENERATOR), torch.tensor([0.05, 0.3, 0.1])
 )
-AXES = sd.exact.Gaussian(
-    torch.tensor([0.7, -1.0, 0.0, 0.3], dtype=F64), torch.tensor([0.05, 0.3, 1.5, 4.0], dtype=F64)
-)
+AXES = sd.exact.Gaussian(torch.tensor([0.7, -1.0, 0.0, 0.3], dtype=F64), torch.tensor([0.05, 0.3, 1.5, 4.0], dtype=F64))
 """Errors in four directions, so that no error is small by a change of its sign."""
 SINGULAR = sd.RectifiedFlow(t_max=1.0)
 
@@ -69,7 +68,6 @@ def brute_force(kind, c, level, alpha, log_s, points=120):
     variance = (2 * np.exp(2 * at) * pull**2 * w).sum()
     keep = alpha[1] / alpha[0] * (k(e) / k(s)) ** p
     weights = alpha[1] * p * pull * g(np.exp(at)) * w
-    # Rising, the interval is traversed backwards and there is no noise.
     return keep, alpha[1] * level * math.sqrt(max(variance, 0)), at, weights
 
 
@@ -96,6 +94,7 @@ def spans():
 def test_steps_are_the_formula(kind, level, span, c):
     """keep, spread and the integrals of powers of the node, in both directions of time if there is no noise."""
     log_s, alpha = span
+    log_s[1] = log_s[0] + (log_s[1] - log_s[0]) / (1 + level**2)  # over which the integrand changes likewise
     log_s = np.sort(log_s)[::-1] if level else log_s
     alpha = np.array(alpha)
     ends = Points(alpha, alpha * np.exp(log_s))
@@ -203,7 +202,7 @@ def predict_evaluate_correct(kind, c, order, corrector, level, model, x, times, 
     """What the folded table stands for, spelled out: the state after every step, before its correction."""
     alpha, sigma = (part.numpy() for part in model.linear.scales_at(times))
     log_s = np.log(sigma / alpha)
-    nodes, values, states = [], [], []
+    nodes, values, states, linear, step = [], [], [], None, None
     for i, t in enumerate(times[:-1]):
         nodes.insert(0, node_of(kind, c, log_s[i]))
         values.insert(0, value_of(kind, c, model, t, x))
@@ -268,6 +267,10 @@ def scheduled(make, n=200, sub=14):
     return kind, network, model, (kind.timesteps.double() + 1) / n, x
 
 
+ON_ARRAYS = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with torch 2.4
+
+
+@ON_ARRAYS
 @pytest.mark.parametrize("level", [0.0, 1.0])
 def test_steps_equal_those_of_diffusers_dpm_solver(level):
     """Second order, from our states: theirs starts with a plain step that ours corrects when the next begins."""
@@ -288,6 +291,7 @@ def test_steps_equal_those_of_diffusers_dpm_solver(level):
             torch.testing.assert_close(after, theirs.double(), rtol=2e-5, atol=2e-5, msg=lambda m, k=k: f"{k}: {m}")
 
 
+@ON_ARRAYS
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_steps_equal_those_of_diffusers_unipc(order, variant):
@@ -444,7 +448,7 @@ def test_the_noise_splitting_says_that_it_cannot_step_from_pure_noise(solver, ti
         x = AXES.marginal(SINGULAR, 0.9).sample(2, seed=0)
         assert sd.sample(model, (2, 4), x_init=x, times=times, solver=solver, seed=0, final="none").x.isfinite().all()
         return
-    with pytest.raises(sd.CapabilityError, match="'noise' cannot step from 1 to 0.2: alpha or sigma is 0"):
+    with pytest.raises(sd.CapabilityError, match="alpha or sigma is 0"):
         sd.sample(model, (2, 4), times=times, solver=solver, seed=0)
 
 
@@ -453,12 +457,12 @@ def test_the_noise_splitting_says_that_it_cannot_step_from_pure_noise(solver, ti
 
 def test_the_default_order_rises_with_the_number_of_steps():
     solver = sd.Exponential()
-    assert [solver.order_for(n) for n in (1, 9, 10, 19, 20, 39, 40, 500)] == [2, 2, 3, 3, 4, 4, 5, 5]
+    assert [solver.order_for(n) for n in (1, 7, 8, 24, 25, 39, 40, 500)] == [2, 2, 3, 3, 4, 4, 5, 5]
     noisy = sd.Exponential(noise_level=0.5)
     assert {noisy.order_for(n) for n in (1, 10, 20, 40)} == {2}
     assert sd.Exponential(3, noise_level=0.5).order_for(50) == 3
     model = MIXTURE.model(sd.VP())
-    assert [solver.table(model, sd.grids.tapered(sd.VP(), n)).B.shape[1] for n in (9, 10, 20, 40)] == [3, 4, 5, 6]
+    assert [solver.table(model, sd.grids.tapered(sd.VP(), n)).B.shape[1] for n in (7, 8, 25, 40)] == [3, 4, 5, 6]
 
 
 def test_the_deviation_is_the_solvers_or_that_of_an_edm_model_or_one():
@@ -504,9 +508,12 @@ class Warped(sd.LinearSDE):
 def test_tables_are_kept_and_follow_the_numbers_they_are_made_of():
     sde = Warped()
     model, times = MIXTURE.model(sde), torch.linspace(1, 0.01, 9, dtype=F64)
-    solver = sd.Exponential(3)
+    solver = sd.Exponential(3, sigma_data=0.5)
     exponential._table.cache_clear()
-    first, again = solver.table(model, times), sd.Exponential(3).table(MIXTURE.model(Warped()), times.clone())
+    first, again = (
+        solver.table(model, times),
+        sd.Exponential(3, sigma_data=0.5).table(MIXTURE.model(Warped()), times.clone()),
+    )
     assert again is first
     sde.speed.fill_(2.0)
     moved = solver.table(model, times)
@@ -515,10 +522,9 @@ def test_tables_are_kept_and_follow_the_numbers_they_are_made_of():
     fresh.speed = torch.tensor(2.0, dtype=F64)
     exponential._table.cache_clear()
     assert torch.equal(solver.table(MIXTURE.model(fresh), times).B, moved.B)
-    for other in (sd.Exponential(4), sd.Exponential(3, corrector=False), sd.Exponential(3, predict="data")):
-        assert not torch.equal(other.table(model, times).B[-1, :3], moved.B[-1, :3])
-    assert not torch.equal(sd.Exponential(3, sigma_data=0.3).table(model, times).A, moved.A)
-    assert not torch.equal(sd.Exponential(3, noise_level=0.3).table(model, times).A, moved.A)
+    for change in ({"order": 4}, {"corrector": False}, {"predict": "data"}, {"sigma_data": 0.3}, {"noise_level": 0.3}):
+        other = dataclasses.replace(solver, **change).table(model, times)
+        assert not torch.equal(other.B[-1, :3], moved.B[-1, :3]), change
 
 
 def test_solvers_are_values():
@@ -561,31 +567,34 @@ def test_steps_can_be_cut():
 
 
 def test_the_ring_and_the_list_give_the_same_numbers(monkeypatch):
-    network = sd.networks.MLP((2,)).double()
-    run = lambda solver, model, **options: sd.sample(  # noqa: E731
-        model, (5, 2), solver=solver, steps=13, seed=0, dtype=F64, **options
-    ).x
+    weight = torch.tensor([1.0, -0.7], dtype=F64, requires_grad=True)
+    network = lambda x, t: (weight * x + t[:, None]).sin()  # noqa: E731
+
+    def run(solver, model, **options):
+        return sd.sample(model, (5, 2), solver=solver, steps=13, seed=0, dtype=F64, **options).x
+
     solvers = [sd.Exponential(3), sd.Exponential(2, 0.7, "data"), sd.UniPC(), sd.ExponentialRungeKutta(3)]
     for prediction in ("v", "edm", "data"):  # with sigma_data = 1 and 0.5, values do and do not contain x
         model = sd.ScoreModel(network, sd.VP(), prediction)
         ring = [run(solver, model) for solver in solvers]
         for solver, x in zip(solvers, ring, strict=True):
             listed = run(solver, model, differentiable=True).detach()
-            torch.testing.assert_close(x, listed, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(x, listed, rtol=1e-11, atol=1e-11)
     monkeypatch.setattr(tables, "_Ring", None)
     model = MIXTURE.model(sd.VP())
-    wide = sd.sample(model, (3, 2), steps=9, seed=0, dtype=F64, differentiable=True).x
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    wide = sd.sample(model, (3, 2), x_init=x.double(), steps=9, differentiable=True).x
     for dtype, near in ((torch.bfloat16, 0.1), (torch.float16, 0.02)):
-        narrow = sd.sample(model, (3, 2), x_init=sd.RowNoise(0).open().normal(wide).to(dtype), steps=9, seed=0).x
+        narrow = sd.sample(model, (3, 2), x_init=x.to(dtype), steps=9).x
         assert narrow.dtype == dtype
         torch.testing.assert_close(narrow.to(F64), wide, rtol=near, atol=near)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        single = sd.sample(model, (3, 2), steps=9, seed=0, dtype=torch.float32).x
+        single = sd.sample(model, (3, 2), x_init=x, steps=9).x
         torch.set_float32_matmul_precision("highest")
         with pytest.raises(TypeError):  # the ring again, which is not there
-            sd.sample(model, (3, 2), steps=9, seed=0, dtype=torch.float32)
+            sd.sample(model, (3, 2), x_init=x, steps=9)
     finally:
         torch.set_float32_matmul_precision(before)
     torch.testing.assert_close(single.double(), wide, rtol=1e-3, atol=1e-3)

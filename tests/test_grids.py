@@ -8,7 +8,7 @@ import sdediff as sd
 from sdediff.testing import linear_sdes, time_grids
 
 F64 = torch.float64
-GRIDS = [sd.grids.uniform, sd.grids.quadratic, sd.grids.log_snr, sd.grids.karras, sd.grids.natural]
+GRIDS = [sd.grids.uniform, sd.grids.quadratic, sd.grids.log_snr, sd.grids.karras, sd.grids.tapered, sd.grids.natural]
 
 
 @given(linear_sdes(), st.integers(1, 60), st.sampled_from(GRIDS))
@@ -32,6 +32,34 @@ def test_each_grid_is_even_in_its_own_variable(sde):
     ):
         gaps = of_t(grid(sde, 9, t_min=low)).diff()
         torch.testing.assert_close(gaps, gaps.mean().expand(9), rtol=1e-6, atol=1e-12)
+
+
+def tapered_clock(sde, t, sigma_data):
+    level = torch.log(sde.sigma(t) / (sde.alpha(t) * sigma_data)) - 1.5
+    return 0.575 * level - 0.425 * (level**2 + 0.36).sqrt()
+
+
+@given(linear_sdes(), st.integers(2, 40), st.floats(0.05, 20.0), st.floats(0.0, 0.3))
+def test_tapered_is_even_in_its_stated_clock(sde, n, sigma_data, share):
+    end = sde.t_min + share * (sde.t_max - sde.t_min)
+    times = sd.grids.tapered(sde, n, sigma_data=sigma_data, t_min=end)
+    assert (times[0], times[-1]) == (sde.t_max, end)
+    gaps = tapered_clock(sde, times, sigma_data).diff()
+    torch.testing.assert_close(gaps, gaps.mean().expand(n), rtol=1e-5, atol=1e-7)
+
+
+def test_tapered_is_even_in_log_snr_below_its_knee_and_sparse_above():
+    sde = sd.EDM(sigma_min=1e-4, sigma_max=1e5)
+    levels = -sde.log_snr(sd.grids.tapered(sde, 400, sigma_data=3.0)) / 2
+    gaps, middles = -levels.diff(), (levels[1:] + levels[:-1]) / 2
+    knee = 1.5 + torch.tensor(3.0).log()
+    below, above = gaps[middles < knee - 6], gaps[middles > knee + 6]
+    torch.testing.assert_close(below, below.mean().expand(len(below)), rtol=1e-2, atol=0)
+    assert (above.mean() / below.mean()).item() == pytest.approx(1 / 0.15, rel=0.02)
+    moved = sd.grids.tapered(
+        sd.EDM(sigma_min=2e-4, sigma_max=2e5), 400, sigma_data=6.0
+    )  # data twice as large: the same, twice as large
+    torch.testing.assert_close(moved, 2 * sd.grids.tapered(sde, 400, sigma_data=3.0), rtol=1e-9, atol=0)
 
 
 def test_karras_is_the_published_formula():
@@ -75,5 +103,7 @@ def test_bad_grids_are_refused():
             sd.grids.uniform(sd.VP(), n)
     with pytest.raises(sd.TimeError, match="t_min"):
         sd.grids.uniform(sd.VP(), 3, t_min=1.0)
+    with pytest.raises(sd.OptionError, match="tapered needs sigma_data > 0"):
+        sd.grids.tapered(sd.VP(), 3, sigma_data=0.0)
     with pytest.raises(sd.OptionError, match="rho"):
         sd.grids.karras(sd.VP(), 3, rho=0.0)

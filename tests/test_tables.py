@@ -5,9 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sdediff as sd
+from sdediff.tables import Table, TableSolver
 from sdediff.testing import gaussian_targets, linear_sdes, time_grids
 
 F64 = torch.float64
+GENERATOR = torch.Generator().manual_seed(0)
 
 
 def one_step(solver, model, x, t, s, z):
@@ -141,6 +143,85 @@ def test_steps_are_exact_at_pure_noise_and_at_clean_data():
         torch.testing.assert_close(out, torch.full_like(x, 0.7))
         out = sd.sample(model, (2, 1), x_init=x, times=[1.0, 0.5, 0.0], solver=solver, final="none", seed=0).x
         assert out.isfinite().all()
+
+
+class Recurrence(TableSolver):
+    """Any table, for tests of what is done with it."""
+
+    noise_level = 0.0
+
+    def __init__(self, table):
+        self.given = table
+
+    def table(self, model, times):
+        return self.given
+
+
+@pytest.mark.parametrize("memory", [1, 2, 4])
+@pytest.mark.parametrize("remembers", [False, True])
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_table_is_the_recursion_that_it_stands_for(differentiable, remembers, memory):
+    """`x_(i+1) = A_i x_i + sum_j B_ij Q_(i-j) + C_i z`, spelled out, with more steps than memory."""
+    draw = lambda *shape: torch.rand(*shape, dtype=F64, generator=GENERATOR)  # noqa: E731
+    sde, n = sd.VP(), 9
+    times = sd.grids.natural(sde, n)
+    B = draw(n, memory).tril()  # nothing is known before the first call
+    table = Table(times, draw(n), B, draw(n), (draw(n), draw(n)) if remembers else None)
+    model = sd.ScoreModel(lambda x, t: (x * t[:, None, None]).sin(), sde, "flow")
+    x = start = draw(3, 2, 2)
+    got = sd.sample(
+        model, (3, 2, 2), x_init=x, times=times, solver=Recurrence(table), seed=4, final="none", trajectory=True,
+        differentiable=differentiable,
+    )  # fmt: skip
+    noise, values = sd.RowNoise(4).open(), []
+    for i, t in enumerate(times[:-1]):
+        output = (x * t).sin()
+        values.append(model.combine(t, x, *(part[i] for part in table.remembers)) if remembers else output)
+        x = table.A[i] * x + table.C[i] * noise.unit(x, t, times[i + 1])
+        x = x + sum(B[i, j] * values[i - j] for j in range(min(memory, i + 1)))
+        torch.testing.assert_close(got.trajectory[i + 1], x, rtol=1e-11, atol=1e-11)
+    assert torch.equal(got.trajectory[0], start)
+
+
+def test_a_table_may_have_several_rows_for_a_step():
+    sde, times = sd.VP(), torch.tensor([1.0, 0.8, 0.5, 0.3, 0.2], dtype=F64)
+    ones = torch.ones(4, dtype=F64)
+    table = Table(times, 2 * ones, torch.tensor([[1.0], [2.0], [3.0], [4.0]], dtype=F64), 0 * ones, ends=(0, 1, 4))
+    seen = []
+    model = sd.ScoreModel(lambda x, t: seen.append(t[0].item()) or 0 * x + 1, sde)
+    x = torch.zeros(1, 1, dtype=F64)
+    solver = Recurrence(table)
+    states = list(solver.solve(solver.process(model), x, torch.tensor([1.0, 0.8, 0.2], dtype=F64), None))
+    assert [state.item() for state in states] == [1, 2 * (2 * (2 * 1 + 2) + 3) + 4]
+    assert seen == times[:-1].tolist()
+
+
+def test_a_table_is_printed_and_given_by_columns():
+    model = scalar_target().model(sd.VP())
+    times = torch.tensor([1.0, 0.5, 0.25], dtype=F64)
+    table = sd.Exponential(2, noise_level=0.5).table(model, times)
+    columns = table.columns()
+    assert list(columns) == ["t", "s", "A", "B0", "B1", "B2", "C"]
+    assert columns["t"] == [1.0, 0.5]
+    assert columns["s"] == [0.5, 0.25]
+    for name_, column in (("A", table.A), ("B1", table.B[:, 1]), ("C", table.C)):
+        assert columns[name_] == column.tolist()
+    head, *lines = str(table).split("\n")
+    assert head.split() == list(columns)
+    assert len(lines) == 2
+    for k, line in enumerate(lines):
+        numbers = [float(word) for word in line.split()]
+        assert numbers == pytest.approx([column[k] for column in columns.values()], rel=1e-4)
+    assert [len(line) for line in lines] == [12 * 7] * 2
+
+
+def test_a_step_that_a_network_does_not_determine_is_named():
+    sde = sd.RectifiedFlow(t_max=1.0)
+    for solver in (sd.DDIM(), sd.Exponential(2, noise_level=0.5)):
+        for prediction in ("noise", "score"):
+            model = sd.ScoreModel(lambda x, t: x, sde, prediction)
+            with pytest.raises(sd.CapabilityError, match=f"predicts '{prediction}' does not .* starts at t = 1 of"):
+                sd.sample(model, (2, 1), times=[1.0, 0.5], solver=solver, seed=0)
 
 
 def test_options_are_checked():
