@@ -58,6 +58,7 @@ class Adaptive(Solver):
         sigma_data: the deviation c of the data; None takes that of an "edm" model, and 1 for others.
     """
 
+    _fixed: ClassVar[bool] = True
     rtol: float = 1e-3
     atol: float = 1e-3
     max_nfe: int | None = None

@@ -20,9 +20,14 @@ halved, and so is one whose step is rejected; the second half keeps its eta unti
 anew, so that rejection cannot favour one noise over another.
 
 A step holds Q at its value at the start (the predictor, strong order 1), evaluates it at the state arrived at, and
-corrects by the straight line between the two (weak order 2). The difference of the two is the estimate of the error,
-of order 3/2 in the step as Q follows the noise, measured in units of data as in `sdediff.adaptive`. The step wanted
-next is `0.9 err^(-2/3)` of the one made, and the longest interval that fits below it and starts here is taken.
+corrects by the straight line between the two (weak order 2). The difference of the two estimates the error, in units
+of data as in `sdediff.adaptive`, and is of order 3/2 in the length h of the step, as Q follows the noise. The error of
+one step says as much about its noise as about its length: if steps grew whenever their noise happened to be small,
+moments would be off by several times as much. So the step wanted next is
+
+    (1 / (2 c))^(1/3),    c <- c + 0.3 (err^2 / h^3 - c),
+
+from an average over all steps tried, taken or not; the longest interval below it that starts here is the next step.
 
 References: Gaines and Lyons 1997, variable steps on a tree of halvings; Rackauckas and Nie 2017, rejection sampling
 with memory; Jolicoeur-Martineau et al. 2021 (arXiv:2105.14080), adaptive steps for the reverse SDE; Levy 1948.
@@ -50,6 +55,9 @@ from sdediff.sde import SDE
 from sdediff.shapes import Grid, State, over
 from sdediff.solvers import Solver, Step, Tally, model_of
 
+_FIRST = 0.25
+_NEWEST = 0.3
+_ALLOWED = 0.5
 _DEEPEST = 40
 _QUADRATURE = 12
 
@@ -144,6 +152,7 @@ class _Rows:
         self.value = self._value(model, self.t, x)
         self.step = np.full(batch, _FIRST)
         self.level, self.place = np.zeros(batch, dtype=int), np.zeros(batch, dtype=int)
+        self.rough = np.zeros(batch)
         self.unit = torch.zeros_like(x)
         self.later = torch.zeros_like(x)[None]
         self.accepted, self.rejected = (torch.zeros(batch, dtype=torch.long) for _ in range(2))
@@ -193,10 +202,17 @@ class _Rows:
         self.accepted[kept] += 1
         self.rejected[index[~taken]] += 1
         self.x[kept], self.t[kept], self.value[kept] = new[taken], t[taken], arrived[taken]
-        wanted = 0.9 * np.clip(error, 1e-10, 1e10) ** (-2 / 3)
-        self.step[rows] = self._length(rows, target) * np.clip(wanted, 0.1, np.where(good, _GROWTH, 0.5))
+        self._adapt(rows, self._length(rows, target), error, good)
         self._turn(rows[good])
         return good & (self.level[rows] == 0) & (self.place[rows] == 1)
+
+    def _adapt(self, rows: Rows, length: Array, error: Array, good: Mask) -> None:
+        """The step that some rows want next."""
+        seen = np.clip(error, 1e-10, 1e3) ** 2 / length**3
+        before = self.rough[rows]
+        self.rough[rows] = np.where(before == 0, seen, before + _NEWEST * (seen - before))
+        wanted = np.cbrt(_ALLOWED / self.rough[rows])
+        self.step[rows] = np.clip(wanted, 0.1 * length, np.where(good, 4.0, 0.5) * length)
 
     def _length(self, rows: Rows, target: int) -> Array:
         """The lengths in u of the intervals that some rows stand at."""
@@ -234,7 +250,7 @@ class _Rows:
         return np.exp(m - e) * np.expm1(s - m) / np.expm1(s - e)
 
     def _log_v(self, at: Points) -> Array:
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             return -(self.noise_level**2) * np.log1p((at.sigma / (self.splitting.sigma_data * at.alpha)) ** 2)
 
     def _turn(self, rows: Rows) -> None:
@@ -248,10 +264,6 @@ class _Rows:
 
     def _value(self, model: ScoreModel, t: Tensor, x: State) -> State:
         return model.combine(t, x, *self.splitting.value(*self.sde.scales_at(t)))
-
-
-_FIRST = 0.25
-_GROWTH = 4.0
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from sdediff.errors import CapabilityError, DivergenceError, OptionError
 from sdediff.noise import NoiseStream

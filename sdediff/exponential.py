@@ -283,9 +283,18 @@ def _table(method: Exponential, splitting: Splitting, order: int, corrector: boo
     with np.errstate(all="ignore"):
         steps = splitting.steps(at[:-1], at[1:], level)
         weights = method.weights(steps, splitting.node(at), order, corrector)
-    remembers = splitting.value(torch.from_numpy(alpha[:-1]), torch.from_numpy(sigma[:-1]))
-    clock, keep, B, spread = map(torch.from_numpy, (times, steps.keep, weights, steps.spread))
-    return Table(clock, keep, B, spread, remembers)
+    with torch.inference_mode(False):  # what is kept may be used where gradients are taken
+        remembers = splitting.value(torch.from_numpy(alpha[:-1]), torch.from_numpy(sigma[:-1]))
+        clock, keep, B, spread = map(torch.from_numpy, (times, steps.keep, weights, steps.spread))
+        return Table(clock, keep, B, spread, remembers)
+
+
+def _check_ends(table: Table, predict: str, times: Grid) -> None:
+    if not bool(table.A.isfinite().all() and table.B.isfinite().all()):
+        raise CapabilityError(
+            f"predict={predict!r} cannot step from {times[0]:g} to {times[-1]:g}: alpha or sigma is 0 at an end. "
+            "predict='split' is finite at both."
+        )
 
 
 @dataclass(frozen=True)
@@ -310,6 +319,7 @@ class Exponential(TableSolver):
     their low order would be that of the whole.
     """
 
+    _fixed: ClassVar[bool] = True
     order: int | None = None  # type: ignore[assignment, misc]  # the method's, or None
     noise_level: NoiseLevel = 0.0  # type: ignore[assignment]  # or a function of time
     predict: str = "split"
@@ -334,7 +344,7 @@ class Exponential(TableSolver):
 
     @property
     def fixed(self) -> bool:
-        return not callable(self.noise_level)
+        return super().fixed and not callable(self.noise_level)
 
     def process(self, model: ScoreModel) -> Reverse:
         return Reverse(model, 1.0 if callable(self.noise_level) else self.noise_level)
@@ -353,11 +363,7 @@ class Exponential(TableSolver):
         many = noise_level == 0 or count >= 8 * (1 + noise_level**2)
         corrector = many if self.corrector is None else self.corrector
         table = _table(self, splitting, self.order_for(count), corrector, packed)
-        if not bool(table.A.isfinite().all() and table.B.isfinite().all()):
-            raise CapabilityError(
-                f"predict={self.predict!r} cannot step from {times[0]:g} to {times[-1]:g}: alpha or sigma is 0 at an "
-                "end. predict='split' is finite at both."
-            )
+        _check_ends(table, self.predict, times)
         return table
 
     def weights(self, steps: Steps, nodes: Array, order: int, corrector: bool) -> Array:
@@ -400,6 +406,7 @@ class UniPC(Exponential):
         variant: "bh2", `B = exp(h) - 1`, or "bh1", `B = h`, with h the step in log-SNR / 2.
     """
 
+    _fixed: ClassVar[bool] = True
     order: int = 3  # type: ignore[misc]  # as above
     predict: str = field(default="data", init=False)
     corrector: bool | None = field(default=True, init=False)
@@ -444,6 +451,7 @@ class ExponentialRungeKutta(TableSolver):
         predict, sigma_data: as for `Exponential`.
     """
 
+    _fixed: ClassVar[bool] = True
     order: int = 3  # type: ignore[misc]  # as above
     predict: str = "split"
     sigma_data: float | None = None
@@ -460,11 +468,15 @@ class ExponentialRungeKutta(TableSolver):
 
     def table(self, model: ScoreModel, times: Grid) -> Table:
         splitting = _SPLITTINGS[self.predict](Exponential(sigma_data=self.sigma_data)._deviation(model))
-        sde, stages, count = model.linear, self.order, len(times) - 1
-        start = Points.at(sde, times[:-1])
-        ends = splitting.node(Points.at(sde, times))
-        fractions = np.arange(1, stages) / stages
-        inner = ends[:-1, None] + fractions * np.diff(ends)[:, None]
+        with np.errstate(all="ignore"):
+            table = self._stages(model.linear, splitting, times)
+        _check_ends(table, self.predict, times)
+        return table
+
+    def _stages(self, sde: LinearSDE, splitting: Splitting, times: Grid) -> Table:
+        stages, count = self.order, len(times) - 1
+        start, ends = Points.at(sde, times[:-1]), splitting.node(Points.at(sde, times))
+        inner = ends[:-1, None] + np.arange(1, stages) / stages * np.diff(ends)[:, None]
         inside = sde.time(torch.from_numpy(-2 * splitting.log_s(inner)))
         rows = torch.cat([times[:-1, None], inside], dim=1).flatten()
         points = torch.cat([inside, times[1:, None]], dim=1)
@@ -473,19 +485,17 @@ class ExponentialRungeKutta(TableSolver):
         A = np.empty((count, stages))
         B = np.zeros((count, stages, stages))
         kept, said = np.ones(count), np.zeros((count, stages))
-        with np.errstate(all="ignore"):
-            for k in range(stages):
-                steps = splitting.steps(start, Points.at(sde, points[:, k]), np.zeros(count))
-                used = [0, k] if k else [0]
-                new = np.zeros((count, stages))
-                new[:, used] = interpolated(steps, nodes[:, used])
-                A[:, k] = steps.keep / kept
-                # x_k = kept x_0 + said Q is known, so x_0 = (x_k - said Q) / kept.
-                B[:, k, : k + 1] = (new - A[:, k, None] * said)[:, k::-1] if k else new[:, :1]
-                kept, said = steps.keep, new
-        alpha, sigma = sde.scales_at(rows)
+        for k in range(stages):
+            steps = splitting.steps(start, Points.at(sde, points[:, k]), np.zeros(count))
+            used = [0, k] if k else [0]
+            new = np.zeros((count, stages))
+            new[:, used] = interpolated(steps, nodes[:, used])
+            # x_k = kept x_0 + said Q is known, so x_0 = (x_k - said Q) / kept.
+            A[:, k] = steps.keep / kept
+            B[:, k, : k + 1] = (new - A[:, k, None] * said)[:, k::-1] if k else new[:, :1]
+            kept, said = steps.keep, new
         return Table(
             torch.cat([rows, times[-1:]]), torch.from_numpy(A.flatten()), torch.from_numpy(B.reshape(-1, stages)),
-            torch.zeros(len(rows), dtype=torch.float64), splitting.value(alpha, sigma),
+            torch.zeros(len(rows), dtype=torch.float64), splitting.value(*sde.scales_at(rows)),
             tuple(range(0, len(rows) + 1, stages)),
         )  # fmt: skip

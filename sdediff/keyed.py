@@ -41,10 +41,9 @@ def keyed_normals(key: Words, place: NDArray[np.integer[Any]], table: int, count
         table: a number below 2^32; tables are independent.
         count: how many.
     """
-    place, calls = place.astype(np.uint64), np.arange(-(-count // 4), dtype=np.uint64)
-    key, low, high = key[:, None], (place & _LOW)[:, None], (place >> _HALF)[:, None]
-    other = np.full_like(low, table)
-    words = np.broadcast_arrays(*philox((calls[None], low, high, other), (key & _LOW, key >> _HALF)))
+    calls, at, key = np.arange(-(-count // 4), dtype=np.uint64), place.astype(np.uint64)[:, None], key[:, None]
+    counter = calls[None], at & _LOW, at >> _HALF, np.full_like(at, table)
+    words = philox(counter, (key & _LOW, key >> _HALF))
     u, v, w, z = ((word.astype(np.float64) + 0.5) * 2.0**-32 for word in words)
     first, second = np.sqrt(-2 * np.log(u)), np.sqrt(-2 * np.log(w))
     turn, other_turn = 2 * np.pi * v, 2 * np.pi * z

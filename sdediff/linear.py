@@ -195,8 +195,9 @@ class LinearSDE(SDE):
     def prior(self, shape: tuple[int, ...], *, dtype: torch.dtype | None = None) -> Distribution:
         """`N(0, sigma(t_max)^2 I)` over events of this shape: the kernel's noise, with what is left of data dropped."""
         dtype = dtype or torch.get_default_dtype()
-        std = self.sigma(self.t_max).to(dtype).detach().expand(shape)
-        return Independent(Normal(torch.zeros(shape, dtype=dtype), std, validate_args=False), len(shape))
+        std = self.scales_at(as_time(self.t_max))[1].to(dtype).detach().expand(shape)
+        normal = Normal(torch.zeros(shape, dtype=dtype), std, validate_args=False)
+        return Independent(normal, len(shape), validate_args=False)
 
     def discretize(self, n: int) -> LinearSDE:
         """The variance-preserving process seen at `n` equal steps, as a `DiscreteVP` chain with the same marginals.

@@ -240,6 +240,7 @@ class ScoreModel:
         extra = () if self.condition is None else (self.condition,)
         clocks: list[Tensor] = []
 
+        network = self.network
         dtype: torch.dtype | None = None
         rows = -1
 
@@ -250,8 +251,9 @@ class ScoreModel:
                 cast = seen.to(x.device, dtype) if seen.is_floating_point() else seen.to(x.device)
                 clocks[:] = cast[:, None].expand(-1, rows).unbind()
             inputs = x if scales is None else scales[k] * x
-            output = self.network(inputs if inputs.dtype == dtype else inputs.to(dtype), clocks[k], *extra)
-            return self._checked(output, x)
+            output = network(inputs if inputs.dtype == dtype else inputs.to(dtype), clocks[k], *extra)
+            fine = type(output) is Tensor and output.shape == x.shape and output.dtype == x.dtype
+            return output if fine else self._checked(output, x)
 
         return at
 

@@ -136,14 +136,15 @@ def grid_for(
 
 def _grid(solver: Solver, model: ScoreModel, steps: int, t_min: float | None) -> Grid:
     """The solver's own grid; kept for solvers and processes that cannot change."""
-    if solver.fixed and model.sde.fixed:
+    if solver.fixed and model.sde.fixed and type(steps) is int:
         return _kept_grid(solver, model.sde, model.prediction, model.sigma_data, steps, t_min).clone()
     return solver.grid(model, steps, t_min)
 
 
 @lru_cache(maxsize=256)
 def _kept_grid(solver: Solver, sde: SDE, prediction: str, sigma_data: float, steps: int, t_min: float | None) -> Grid:
-    return solver.grid(ScoreModel(_silent, sde, prediction, sigma_data=sigma_data), steps, t_min)
+    with torch.inference_mode(False), torch.no_grad():  # what is kept may be used where gradients are taken
+        return solver.grid(ScoreModel(_silent, sde, prediction, sigma_data=sigma_data), steps, t_min)
 
 
 def _silent(x: State, t: Tensor) -> State:
@@ -178,9 +179,13 @@ def bound_rows(model: ScoreModel, condition: Any, rows: slice, batch: int) -> tu
 
 
 def _solve(run: _Run, x: State, stream: NoiseStream, tally: Tally) -> tuple[State, Trajectory | None]:
-    path = [x]
-    last = len(run.times) - 1
-    for i, state in enumerate(run.solver.solve(run.process, x, run.times, stream, tally), start=1):
+    states = run.solver.solve(run.process, x, run.times, stream, tally)
+    if not run.every and run.bar is None:
+        for state in states:
+            x = state
+        return x, None
+    path, last = [x], len(run.times) - 1
+    for i, state in enumerate(states, start=1):
         x = state
         if run.every and (i % run.every == 0 or i == last):
             path.append(x)

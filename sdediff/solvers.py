@@ -86,8 +86,8 @@ class Solver(ABC):
 
     @property
     def fixed(self) -> bool:
-        """Whether equal solvers make equal grids and tables, so that they may be kept; see `SDE.fixed`."""
-        return True
+        """Whether equal solvers make equal grids and tables, so that they may be kept; said as `SDE.fixed` is."""
+        return bool(type(self).__dict__.get("_fixed", False))
 
     @abstractmethod
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:

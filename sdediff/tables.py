@@ -21,6 +21,7 @@ from abc import abstractmethod
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -168,8 +169,9 @@ class _Kind:
 
 @lru_cache(maxsize=256)
 def _kept_rows(solver: TableSolver, kind: _Kind, times: bytes) -> _Rows:
-    model = ScoreModel(_silent, kind.sde, kind.prediction, sigma_data=kind.sigma_data)
-    return _Rows.of(solver, model, torch.frombuffer(bytearray(times), dtype=torch.float64))
+    with torch.inference_mode(False), torch.no_grad():  # what is kept may be used where gradients are taken
+        model = ScoreModel(_silent, kind.sde, kind.prediction, sigma_data=kind.sigma_data)
+        return _Rows.of(solver, model, torch.frombuffer(bytearray(times), dtype=torch.float64))
 
 
 def _silent(x: State, t: Tensor) -> State:
@@ -286,6 +288,7 @@ class DDIM(TableSolver):
             ancestral sampling; between and slightly above are legal.
     """
 
+    _fixed: ClassVar[bool] = True
     eta: float = 0.0
 
     def __post_init__(self) -> None:
@@ -310,6 +313,7 @@ class DDPM(TableSolver):
             forward step ("large").
     """
 
+    _fixed: ClassVar[bool] = True
     variance: str = "posterior"
     noise_level: float = 1.0
 

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from helpers import NAMED, TwoFunctions, fitted_order, name, scalar_target
+from helpers import NAMED, fitted_order, name, scalar_target
 
 import sdediff as sd
 
@@ -64,7 +64,7 @@ def test_the_ring_to_a_thousandth_and_to_a_hundred_thousandth(ring):
         assert solution.row_nfe.double().mean() < most
 
 
-@pytest.mark.parametrize("sde", [*NAMED, sd.as_linear(TwoFunctions())], ids=name)
+@pytest.mark.parametrize("sde", NAMED, ids=name)
 def test_the_exact_flow_of_any_process_is_met(sde):
     """Steps are counted too: an estimate that is wrong shows as waste."""
     model, end = AXES.model(sde), max(sde.t_min, 1e-3 * sde.t_max)
@@ -94,21 +94,21 @@ def test_one_mean_and_deviation_cost_a_handful_of_calls():
 def test_max_order_is_the_order_of_the_error_against_the_steps(most):
     """With steps h, errors of a step are h^(order + 1): calls grow as the tolerance to the power -1 / (order + 1)."""
     x = AXES.marginal(SDE, 1.0).sample(4, seed=0)
-    tolerances = [1e-4, 1e-5, 1e-6] if most < 3 else [1e-6, 1e-7, 1e-8]
+    tolerances = {1: [1e-3, 1e-4, 1e-5], 2: [1e-4, 1e-5, 1e-6]}.get(most, [1e-6, 1e-7, 1e-8])
     calls = [run(at(t, max_order=most), x, AXES.model(SDE)).row_nfe.double().mean().item() for t in tolerances]
     assert fitted_order(calls, tolerances) == pytest.approx(1 / (most + 1), abs=0.06 if most > 1 else 0.1)
 
 
 def test_a_row_is_bitwise_the_same_alone_in_any_batch_order_and_chunk():
     solver = sd.Adaptive()
-    x = RING.marginal(SDE, 1.0).sample(64, seed=1)
+    x = RING.marginal(SDE, 1.0).sample(24, seed=1)
     whole = run(solver, x)
-    shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    for rows in (torch.arange(1), torch.arange(7), torch.tensor([40]), shuffled):
+    shuffled = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    for rows in (torch.arange(1), torch.arange(7), torch.tensor([20]), shuffled):
         part = run(solver, x[rows])
         for field in ("x", "row_nfe", "accepted", "rejected", "reached"):
             assert torch.equal(getattr(part, field), getattr(whole, field)[rows]), field
-    for chunk in (1, 5, 63):
+    for chunk in (1, 5, 23):
         part = run(solver, x, batch_size=chunk)
         for field in ("x", "row_nfe", "accepted", "rejected", "reached"):
             assert torch.equal(getattr(part, field), getattr(whole, field)), (chunk, field)
