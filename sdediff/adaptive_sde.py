@@ -220,12 +220,12 @@ class _Rows:
 
     def _times(self, rows: Rows, target: int, part: float) -> Tensor:
         """The time at a part of the interval that each of some rows stands at."""
-        start, end = self.ends[target - 1], self.ends[target]
         place = np.ldexp(self.place[rows] + part, -self.level[rows])
         t = self.times[target].repeat(len(rows))
         inside = np.flatnonzero(place < 1)
-        log_s = self.splitting.log_s(start + place[inside] * (end - start))
-        t[torch.from_numpy(inside)] = self.sde.time(torch.from_numpy(-2 * log_s))
+        if len(inside):
+            u = self.ends[target - 1] + place[inside] * (self.ends[target] - self.ends[target - 1])
+            t[torch.from_numpy(inside)] = self.sde.time(torch.from_numpy(-2 * self.splitting.log_s(u)))
         return t
 
     def _halve(self, rows: Rows, target: int) -> None:

@@ -18,7 +18,7 @@ from sdediff.errors import ShapeError
 from sdediff.shapes import State
 
 _ROWS = 64
-_ENTRIES_PER_BLOCK = 4096
+_ENTRIES_PER_BLOCK = 16384
 _STEPS = 16
 _ENTRIES_PER_CALL = 16384
 _MASK = (1 << 64) - 1
@@ -58,7 +58,8 @@ class Blocks:
 
     @classmethod
     def of(cls, shape: torch.Size, first_row: int) -> Blocks:
-        rows = max(1, min(_ROWS, _ENTRIES_PER_BLOCK // max(math.prod(shape[1:]), 1)))
+        fitting = _ENTRIES_PER_BLOCK // max(math.prod(shape[1:]), 1)
+        rows = min(_ROWS, 1 << max(fitting.bit_length() - 1, 0))
         first, skip = divmod(first_row, rows)
         return cls(range(first, (first_row + shape[0] - 1) // rows + 1), rows, skip, shape)
 
@@ -73,6 +74,8 @@ class Blocks:
         No copy is made where the batch lies in one block or a block is one row.
         """
         count, k, entries = draws.shape
+        if k == 1:
+            return draws.view(count * self.rows, -1)[self.skip : self.skip + self.shape[0]].view(1, *self.shape)
         rows = draws.view(count, k, self.rows, entries // self.rows).transpose(0, 1).reshape(k, count * self.rows, -1)
         return rows[:, self.skip : self.skip + self.shape[0]].reshape(k, *self.shape)
 
@@ -95,12 +98,14 @@ class _Ahead:
         return self._ready.pop()
 
     def _draw(self, steps: int) -> list[State]:
-        entries = self._blocks.entries
-        with torch.inference_mode(False):  # what is drawn now may be used where gradients are taken
-            draws = torch.empty(len(self._generators), steps, entries, dtype=self._dtype, device=self._device)
-            for target, generator in zip(draws.unbind(0), self._generators, strict=True):
-                target.normal_(generator=generator)
-            return list(self._blocks.rows_of(draws).unbind(0))[::-1]
+        if torch.is_inference_mode_enabled():  # what is drawn now may be used where gradients are taken
+            with torch.inference_mode(False):
+                return self._draw(steps)
+        shape = (len(self._generators), steps, self._blocks.entries)
+        draws = torch.empty(shape, dtype=self._dtype, device=self._device)
+        for target, generator in zip(draws.unbind(), self._generators, strict=True):
+            target.normal_(generator=generator)
+        return list(self._blocks.rows_of(draws).unbind())[::-1]
 
 
 class RowDraws:

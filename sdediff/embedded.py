@@ -12,7 +12,7 @@ is above 1. With weights of order k and k - 1, e is of order k in h. The next st
 a PI and a predictive controller (Gustafsson 1991, 1994); the second foresees steps that must shrink all along, as for
 `EDM`, whose time is sigma. Of a pair whose last slope is the first of the next step ("first same as last"), a
 step that is taken costs one call less than it has slopes. The first step is found from the size of the drift and of
-its change over a trial step, which costs one call.
+its change over a trial step (Hairer, Norsett and Wanner, II.4), which costs one call.
 
 Every row has a time, a step and an error of its own, and leaves the batch when it has arrived. Sums are taken entry by
 entry, so the bits of a row do not depend on the rows beside it, as far as those of the drift do not.
@@ -194,18 +194,17 @@ class _Rows:
         return self.slope[torch.from_numpy(rows)]
 
     def _first_steps(self) -> Array:
-        """Hairer's guess: a step over which the drift changes by little, and the state by less."""
-        span, sign = abs(self.span), math.copysign(1.0, self.span)
+        """Hairer's guess, in units of the span: the drift changes by little over it, and the state by less."""
         allowed = self.solver.atol + self.solver.rtol * self.x.abs()
         with np.errstate(all="ignore"):
-            size, speed = norm(self.x / allowed), norm(self.slope / allowed)
-            trial = np.where((size < 1e-5) | (speed < 1e-5), 1e-6 * span, 0.01 * size / speed)
-            trial = np.minimum(np.nan_to_num(trial, nan=1e-6 * span), span)
-            ahead = self.x + over(torch.from_numpy(sign * trial), self.x) * self.slope
-            then = self.process.coefficients(self.t + torch.from_numpy(sign * trial), ahead)[0]
-            change = np.maximum(speed, norm((then - self.slope) / allowed) / trial)
-            guess = np.where(change < 1e-15, 1e-3 * trial, (0.01 / change) ** (1 / self.method.order))
-        return np.clip(guess, 1e-6 * span, 100 * np.maximum(trial, 1e-6 * span))
+            size, speed = norm(self.x / allowed), norm(self.slope * self.span / allowed)
+            trial = np.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed)
+            trial = np.clip(np.nan_to_num(trial, nan=1e-6), 1e-6, 1.0)
+            ahead = torch.from_numpy(self.span * trial)
+            slope = self.process.coefficients(self.t + ahead, self.x + over(ahead, self.x) * self.slope)[0]
+            change = norm((slope - self.slope) * self.span / allowed) / trial
+            guess = (0.01 / np.maximum(speed, change)) ** (1 / self.method.order)
+        return abs(self.span) * np.clip(guess, 1e-6, 100 * trial)
 
     def _adapt(self, rows: Rows, length: Array, wanted: Array, error: Array, good: Mask) -> None:
         """The next step of some rows; one that was cut to end on the grid does not forget how long it was to be."""

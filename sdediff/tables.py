@@ -145,7 +145,7 @@ class _Rows:
 
         def row(k: int, x: State) -> State:
             after = advance(k, x, output(k, x))
-            return after.add(noise.unit(x, times[k], times[k + 1]), alpha=jitter[k]) if jitter[k] else after
+            return after.add_(noise.unit(x, times[k], times[k + 1]), alpha=jitter[k]) if jitter[k] else after
 
         return row
 
@@ -199,7 +199,7 @@ class _None:
         self.kept = [keep + a * b for keep, a, b in zip(rows.kept, added, in_x, strict=True)]
 
     def advance(self, k: int, x: State, output: State) -> State:
-        return (self.kept[k] * x).add(output, alpha=self.added[k])
+        return (self.kept[k] * x).add_(output, alpha=self.added[k])
 
 
 class _Ring:
@@ -237,7 +237,7 @@ class _List:
         self.values.appendleft(value if self.in_x is None else value.add(x, alpha=self.in_x[k]))
         after = self.kept[k] * x
         for weight, value in zip(self.weights[k], self.values, strict=False):
-            after = after.add(value, alpha=weight)
+            after = after.add_(value, alpha=weight)
         return after
 
 

@@ -171,6 +171,21 @@ def test_the_search_keeps_the_best_and_both_measures_count():
             assert _search(trade, 2, 50, np.random.default_rng(0), bar)[1].sum() < -2
 
 
+def test_grids_on_which_a_solve_diverges_are_passed_over(monkeypatch):
+    calls = []
+
+    def sample(*args, **options):
+        calls.append(None)
+        if len(calls) % 3 == 0:
+            raise sd.DivergenceError("The state", "None.", step=0, time=0.0, rows=[0])
+        return sd.sample(*args, **options)
+
+    monkeypatch.setattr("sdediff.calibration.sample", sample)
+    fit = sd.calibrate(MODEL, (4, 2), 5, trials=6).fits[5]
+    assert 0 < fit.error < math.inf
+    assert len(calls) > 10
+
+
 def test_options_are_checked():
     for steps, trials in ((0, 1), ([], 1), ([4, 2.5], 1), (4, -1)):
         with pytest.raises(sd.OptionError, match="calibrate needs steps >= 1 and trials >= 0"):

@@ -76,9 +76,9 @@ def test_chunks_that_straddle_blocks_join_bitwise(first, rows, size, seed):
     assert torch.equal(together, torch.cat(apart))
 
 
-@pytest.mark.parametrize("size", [2, 300, 5000])
+@pytest.mark.parametrize("size", [2, 300, 20000])
 def test_rows_are_the_same_however_many_draws_are_made_ahead(size):
-    """60 draws: several refills, one row a block at 5000, blocks that a chunk cuts at 2 and 300."""
+    """60 draws: several refills, one row a block at 20000, blocks that a chunk cuts at 2 and 300."""
     whole, part = RowNoise(1).open(), RowNoise(1).open(9)
     for _ in range(60):
         assert torch.equal(whole.normal(empty(15, size))[9:13], part.normal(empty(4, size)))
@@ -146,10 +146,10 @@ def test_a_source_replays_and_its_stream_moves_on(source):
     assert not torch.equal(stream.normal(x), stream.normal(x))
 
 
-@pytest.mark.parametrize("size", [1, 7, 5000])
+@pytest.mark.parametrize("size", [1, 7, 20000])
 @pytest.mark.parametrize("make", [RowNoise, lambda seed: BrownianPath(seed, 0.0, 1.0)])
 def test_no_two_rows_seeds_or_entries_share_numbers(make, size):
-    """An event of 5000 entries has a block for every row."""
+    """An event of 20000 entries has a block for every row."""
     t, s = at(0.93), at(0.41)
     draws = torch.cat([make(seed).open().unit(empty(20, size), t, s) for seed in (0, 1, -1, 2**40, 2**63)])
     assert len(draws.flatten().unique()) == draws.numel()
@@ -161,7 +161,7 @@ def test_no_two_rows_seeds_or_entries_share_numbers(make, size):
 @given(seed=st.integers(0, 2**62), first=st.integers(0, 2**20), rows=st.integers(2, 50))
 def test_blocks_of_one_solve_have_distinct_generators(seed, first, rows):
     draw = RowDraws(seed, first)
-    draw(empty(rows, 4096))
+    draw(empty(rows, 16384))
     (stream,) = draw._streams.values()
     seeds = [generator.initial_seed() for generator in stream._generators]
     assert len(set(seeds)) == rows
