@@ -76,7 +76,8 @@ def _table(rows: list[str]) -> list[str]:
     """A Markdown pipe table as a reST list-table."""
     out = [".. list-table::", "   :header-rows: 1", ""]
     for row in [rows[0], *rows[2:]]:
-        out += [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(_cells(row))]
+        cells = [rf"\{cell}" if cell.startswith("-") else cell for cell in _cells(row)]  # not an option list
+        out += [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(cells)]
     return out
 
 
@@ -90,7 +91,7 @@ def _readable(app: Sphinx, what: str, name: str, obj: object, options: Any, line
         if line.startswith("|") and i + 1 < len(lines) and re.fullmatch(r"\|[-:| ]+\|", lines[i + 1].strip()):
             while end < len(lines) and lines[end].startswith("|"):
                 end += 1
-            out += ["", *_table(lines[i:end]), ""]
+            out += ["", *_table(lines[i:end]), "", "..", ""]  # the comment ends the table, whatever follows
         elif line.startswith("    ") and out and not out[-1].strip() and not _in_item(out):
             while end < len(lines) and (lines[end].startswith("    ") or not lines[end].strip()):
                 end += 1

@@ -13,6 +13,7 @@ from sdediff import testing as testing
 from sdediff.adapters import TorchDiffEq as TorchDiffEq
 from sdediff.adapters import TorchSDE as TorchSDE
 from sdediff.adaptive import Adaptive as Adaptive
+from sdediff.adaptive_sde import AdaptiveStochastic as AdaptiveStochastic
 from sdediff.bits import BitsPerDim as BitsPerDim
 from sdediff.bits import bits_per_dim as bits_per_dim
 from sdediff.calibration import Calibration as Calibration
@@ -20,6 +21,7 @@ from sdediff.calibration import calibrate as calibrate
 from sdediff.denoised import clamp_denoised as clamp_denoised
 from sdediff.denoised import dynamic_threshold as dynamic_threshold
 from sdediff.denoised import map_denoised as map_denoised
+from sdediff.embedded import AdaptiveRungeKutta as AdaptiveRungeKutta
 from sdediff.errors import CapabilityError as CapabilityError
 from sdediff.errors import CheckFailure as CheckFailure
 from sdediff.errors import CheckpointError as CheckpointError

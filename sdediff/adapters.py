@@ -116,7 +116,9 @@ class TorchDiffEq(Solver):
     """A method of torchdiffeq; for deterministic processes.
 
     An adaptive method measures its error over the whole batch, so a row depends (within the tolerance) on its batch
-    mates; fixed-step methods do not.
+    mates, as it does in "implicit_adams", whose iteration stops for the whole batch; other fixed-step methods do not
+    couple rows. torchdiffeq's Adams methods assume equal steps: their order 4 holds on grids even in t, and is 2 on
+    others.
 
     Args:
         method: "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", or with fixed steps "euler", "midpoint",

@@ -70,6 +70,10 @@ class AdaptiveStochastic(Solver):
     tolerances converge, row by row, to one solution. The source of noise is asked for one number per entry, from
     which the whole path is made; opposite numbers (`Antithetic`) give opposite paths.
 
+    For the law alone it pays where no grid is known that suits. On Gaussian data `Exponential` at the same noise level
+    needs half to two thirds of its calls for equal errors of deviations where `sigma_data` is right, and about twice
+    its calls where that is too small by ten.
+
     Args:
         rtol, atol: error allowed in a step, in units of data, relative and absolute.
         noise_level: lambda > 0 of the process.
@@ -77,6 +81,7 @@ class AdaptiveStochastic(Solver):
         sigma_data: the deviation c of the data; None takes that of an "edm" model, and 1 for others.
     """
 
+    _fixed: ClassVar[bool] = True
     rtol: float = 1e-2
     atol: float = 1e-2
     noise_level: float = 1.0

@@ -57,6 +57,7 @@ class AdaptiveRungeKutta(Solver):
         max_nfe: network calls a row may take; one that runs out stays where it is, and `Solution.reached` says where.
     """
 
+    _fixed: ClassVar[bool] = True
     tableau: str | Tableau = "dopri5"
     rtol: float = 1e-5
     atol: float = 1e-5
@@ -160,7 +161,7 @@ class _Rows:
         after = np.where(last, self.ends[target], t + signed)
 
         process, x = self.process.rows(index, len(self.x)), self.x[index]
-        slopes = [self._known_slopes(process, rows)]
+        slopes = [self._first_slopes(rows)]
         h = over(torch.from_numpy(signed), x)
         with np.errstate(all="ignore"):
             for part, weights in zip(self.method.c[1:], self.method.a[1:], strict=True):
@@ -183,8 +184,8 @@ class _Rows:
         self.known[rows[good]] = self.method.fsal
         return last & good
 
-    def _known_slopes(self, process: SDE, rows: Rows) -> State:
-        """The first slopes of some rows; a pair that is not FSAL has none after a step that was taken."""
+    def _first_slopes(self, rows: Rows) -> State:
+        """The drift where some rows are; known, unless a pair that is not FSAL has just made a step."""
         index = torch.from_numpy(rows[~self.known[rows]])
         if len(index):
             those = self.process.rows(index, len(self.x))

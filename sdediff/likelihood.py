@@ -44,7 +44,7 @@ from sdediff.sampling import (
 )
 from sdediff.sde import SDE, fresh_seed
 from sdediff.shapes import Grid, PerRow, State, check_state, sum_rows
-from sdediff.solvers import Solver, Tally
+from sdediff.solvers import Solver, Tally, merged
 
 
 class HasLogProb(Protocol):
@@ -271,6 +271,20 @@ def _check_differentiable(model: ScoreModel, x: State, t: Tensor, condition: Any
         )
 
 
+def _check_reached(tally: Tally, grid: Grid) -> None:
+    """Refuse rows that a budget stopped short of the noise end: their integral is not a likelihood."""
+    if tally.reached is None or bool((tally.reached == grid[-1]).all()):
+        return
+    rows = (tally.reached != grid[-1]).nonzero()[:, 0].tolist()
+    raise DivergenceError(
+        f"{len(rows)} row(s) ran out of network calls before t = {grid[-1]:g}",
+        "Raise max_nfe, or loosen rtol and atol.",
+        step=None,
+        time=tally.reached[rows[0]].item(),
+        rows=rows,
+    )
+
+
 def _integrate(
     model: ScoreModel,
     x: State,
@@ -285,23 +299,26 @@ def _integrate(
     event = tuple(x.shape[1:])
     size = math.prod(event)
     terminal: HasLogProb = model.sde.prior(event, dtype=x.dtype) if prior is None else prior
-    values, errors, latents, tally, nfe = [], [], [], Tally(), 0
+    values, errors, latents, tallies, nfe = [], [], [], [], 0
     for rows in chunks_of(x.shape[0], batch_size):
         bound, counter = bound_rows(model, condition, rows, x.shape[0])
         part = x[rows]
         process = _WithLogDensity(bound, divergence, divergence.draw(part, seed, rows.start), event)
         start = torch.cat([_flat(part), part.new_zeros(len(part), divergence.columns(part))], dim=1)
-        silent = RowNoise(0).open
+        silent, tally = RowNoise(0).open, Tally()
         try:
             *_, state = solver.solve(process, start, grid, silent(), tally)
             nfe = max(nfe, counter.calls)
             explain(solver, process, start, state, grid, silent)
+            _check_reached(tally, grid)
         except DivergenceError as error:
             raise error.shifted(rows.start) from error
         latent, integrals = state[:, :size].reshape(part.shape), state[:, size:]
         values.append(terminal.log_prob(latent.cpu()).to(latent) + integrals.mean(1))
         errors.append(_standard_error(integrals, divergence))
         latents.append(latent)
+        tallies.append(tally)
+    tally = merged(tallies)
     return LogProb(
         value=torch.cat(values),
         stderr=torch.cat(errors),

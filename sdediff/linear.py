@@ -145,7 +145,7 @@ class LinearSDE(SDE):
     def _time_of(self, log_snr: Tensor) -> Tensor:
         low = torch.zeros_like(log_snr)
         high = torch.full_like(log_snr, self.t_max)
-        ends = self.log_snr(torch.stack([low.flatten()[:1], high.flatten()[:1]]).flatten())
+        ends = self.log_snr(torch.tensor([0.0, self.t_max], dtype=torch.float64)).to(log_snr.device)
         slack = 1e-9 * (1 + ends.abs())
         outside = (log_snr > ends[0] + slack[0]) | (log_snr < ends[1] - slack[1])
         for _ in range(1075):  # halving from t_max to the smallest float64, as long as anything moves
@@ -343,12 +343,11 @@ class Linearized(LinearSDE):
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = as_time(t)
-        one = torch.ones(1, 1, dtype=torch.float64)
+        times = t.detach().cpu().reshape(-1)
         with torch.no_grad():
-            pairs = [self._at(time, one) for time in t.detach().cpu().reshape(-1)]
-        drift_rate = torch.stack([drift.reshape(()) for drift, _ in pairs]).reshape(t.shape)
-        diffusion = torch.stack([g.reshape(-1)[0] for _, g in pairs]).reshape(t.shape)
-        return drift_rate.to(t.device), diffusion.to(t.device)
+            drift, diffusion = self._at(times, torch.ones(len(times), 1, dtype=torch.float64))
+        drift_rate = drift.reshape(t.shape).to(t.device)
+        return drift_rate, diffusion.expand(len(times)).reshape(t.shape).to(t.device)
 
     def _at(self, t: Tensor, x: State) -> tuple[Tensor, Tensor]:
         drift, diffusion = self._sde.coefficients(t, x)

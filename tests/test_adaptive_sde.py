@@ -30,7 +30,8 @@ def at_random(monkeypatch):
     generator, taken = np.random.default_rng(0), []
 
     def adapt(self, rows, length, error, good):
-        self.step[rows] = np.where(good, np.maximum(length * 10 ** generator.uniform(-1, 1, len(rows)), 0.1), length / 2)
+        longer = np.maximum(length * 10 ** generator.uniform(-1, 1, len(rows)), 0.1)
+        self.step[rows] = np.where(good, longer, length / 2)
 
     turn = adaptive_sde._Rows._turn
 
@@ -43,6 +44,74 @@ def at_random(monkeypatch):
     monkeypatch.setattr(adaptive_sde._Rows, "_turn", recorded)
     monkeypatch.setattr(adaptive_sde._Rows, "_adapt", adapt)
     return taken
+
+
+# A step
+
+
+@pytest.mark.parametrize("noise_level", [0.7, 1.0])
+def test_halves_have_the_variance_of_the_time_changed_brownian_motion(noise_level):
+    """`cos(theta)^(2 lambda^2)` itself, where it can be computed."""
+    model = RING.model(VP)
+    solver = AdaptiveStochastic(noise_level=noise_level, sigma_data=0.8)
+    times = torch.tensor([0.9, 0.6, 0.2], dtype=F64)
+    rows = adaptive_sde._Rows(solver, model, noise_level, torch.zeros(1, 2, dtype=F64), times, sd.RowNoise(0).open())
+    alpha, sigma = VP.scales(times)
+    v = (0.8 * alpha / torch.hypot(0.8 * alpha, sigma)) ** (2 * noise_level**2)
+    points = Points.at(VP, times)
+    part = rows._first_part(points[:1], points[1:2], points[2:])
+    assert part.item() == pytest.approx(((v[1] - v[0]) / (v[2] - v[0])).item(), rel=1e-12)
+
+
+def test_a_step_is_the_corrector_of_the_split_form(monkeypatch):
+    """Two steps written out, from `Split.steps`, with the error that decides them."""
+    model, c = RING.model(VP), 0.8
+    times = torch.tensor([0.5, 0.45, 0.42], dtype=F64)
+    x = RING.marginal(VP, 0.5).sample(5, seed=0)
+    errors = []
+    monkeypatch.setattr(adaptive_sde, "norm", lambda e: errors.append(e) or 0 * norm(e))
+    monkeypatch.setattr(adaptive_sde, "_FIRST", 10.0)
+    solver = AdaptiveStochastic(rtol=0.1, atol=0.02, sigma_data=c)
+    states = list(solver.solve(sd.Reverse(model), x, times, sd.RowNoise(0).open()))
+    numbers = adaptive_sde._Numbers.of(sd.RowNoise(0).open(), x)
+    split, points = Split(c), Points.at(VP, times)
+
+    def value(i, x):
+        return model.combine(times[i], x, *split.value(*VP.scales(times[i])))
+
+    before = value(0, x)
+    for i in range(2):
+        step = split.steps(points[i : i + 1], points[i + 1 : i + 2], np.ones(1))
+        ends = split.node(points)[i : i + 2]
+        late = (step.weights * (step.u - ends[0]) / (ends[1] - ends[0])).sum()
+        eta = numbers(np.arange(5), i + 1, np.zeros(5, dtype=int), x)
+        moved = step.keep.item() * x + step.spread.item() * eta
+        predicted = moved + step.weights.sum() * before
+        after = value(i + 1, predicted)
+        new = moved + late * after + (step.weights.sum() - late) * before
+        torch.testing.assert_close(states[i], new, rtol=1e-10, atol=1e-12)
+        alpha, sigma = VP.scales(times[i + 1])
+        unit = c / torch.hypot(c * alpha, sigma)
+        allowed = 0.02 + 0.1 * unit * torch.maximum(x.abs(), new.abs())
+        torch.testing.assert_close(errors[i], unit * (new - predicted) / allowed, rtol=1e-8, atol=1e-12)
+        x, before = new, after
+
+
+def test_the_step_wanted_is_that_of_the_average_error():
+    times = torch.tensor([1.0, 0.5], dtype=F64)
+    x = torch.zeros(5, 2, dtype=F64)
+    rows = adaptive_sde._Rows(AdaptiveStochastic(), RING.model(VP), 1.0, x, times, sd.RowNoise(0).open())
+    every, length = np.arange(5), np.full(5, 0.5)
+    first, second = np.array([0.4, 0.8, 3.0, 1e-5, 0.01]), np.array([0.9, 0.1, 0.5, 100.0, 1.2])
+    rows._adapt(every, length, first, first <= 1)
+    rough = first**2 / length**3
+    np.testing.assert_allclose(rows.step[:2], (0.5 / rough[:2]) ** (1 / 3))
+    np.testing.assert_allclose(rows.step[2:4], [(0.5 / 72) ** (1 / 3), 2.0])  # at most 4 times as long
+    rows._adapt(every, length / 2, second, second <= 1)
+    rough += 0.3 * (second**2 / (length / 2) ** 3 - rough)
+    expected = (0.5 / rough) ** (1 / 3)
+    assert expected[4] > 0.125
+    np.testing.assert_allclose(rows.step, [*expected[:3], 0.025, 0.125])  # a rejected step is halved at least
 
 
 # One path
@@ -110,54 +179,6 @@ class Signless(type(sd.RowNoise(0).open())):
         return torch.ones_like(x)
 
 
-@pytest.mark.parametrize("noise_level", [0.7, 1.0])
-def test_halves_have_the_variance_of_the_time_changed_brownian_motion(noise_level):
-    """`cos(theta)^(2 lambda^2)` itself, where it can be computed."""
-    model = RING.model(VP)
-    solver = AdaptiveStochastic(noise_level=noise_level, sigma_data=0.8)
-    times = torch.tensor([0.9, 0.6, 0.2], dtype=F64)
-    rows = adaptive_sde._Rows(solver, model, noise_level, torch.zeros(1, 2, dtype=F64), times, sd.RowNoise(0).open())
-    alpha, sigma = VP.scales(times)
-    v = (0.8 * alpha / torch.hypot(0.8 * alpha, sigma)) ** (2 * noise_level**2)
-    points = Points.at(VP, times)
-    part = rows._first_part(points[:1], points[1:2], points[2:])
-    assert part.item() == pytest.approx(((v[1] - v[0]) / (v[2] - v[0])).item(), rel=1e-12)
-
-
-def test_a_step_is_the_corrector_of_the_split_form(monkeypatch):
-    """Two steps written out, from `Split.steps`, with the error that decides them."""
-    model, c = RING.model(VP), 0.8
-    times = torch.tensor([0.5, 0.45, 0.42], dtype=F64)
-    x = RING.marginal(VP, 0.5).sample(5, seed=0)
-    errors = []
-    monkeypatch.setattr(adaptive_sde, "norm", lambda e: errors.append(e) or 0 * norm(e))
-    monkeypatch.setattr(adaptive_sde, "_FIRST", 10.0)
-    solver = AdaptiveStochastic(rtol=0.1, atol=0.02, sigma_data=c)
-    states = list(solver.solve(sd.Reverse(model), x, times, sd.RowNoise(0).open()))
-    numbers = adaptive_sde._Numbers.of(sd.RowNoise(0).open(), x)
-    split, points = Split(c), Points.at(VP, times)
-
-    def value(i, x):
-        return model.combine(times[i], x, *split.value(*VP.scales(times[i])))
-
-    before = value(0, x)
-    for i in range(2):
-        step = split.steps(points[i : i + 1], points[i + 1 : i + 2], np.ones(1))
-        ends = split.node(points)[i : i + 2]
-        late = (step.weights * (step.u - ends[0]) / (ends[1] - ends[0])).sum()
-        eta = numbers(np.arange(5), i + 1, np.zeros(5, dtype=int), x)
-        moved = step.keep.item() * x + step.spread.item() * eta
-        predicted = moved + step.weights.sum() * before
-        after = value(i + 1, predicted)
-        new = moved + late * after + (step.weights.sum() - late) * before
-        torch.testing.assert_close(states[i], new, rtol=1e-10, atol=1e-12)
-        alpha, sigma = VP.scales(times[i + 1])
-        unit = c / torch.hypot(c * alpha, sigma)
-        allowed = 0.02 + 0.1 * unit * torch.maximum(x.abs(), new.abs())
-        torch.testing.assert_close(errors[i], unit * (new - predicted) / allowed, rtol=1e-8, atol=1e-12)
-        x, before = new, after
-
-
 # Convergence
 
 
@@ -211,22 +232,6 @@ def test_steps_do_not_grow_because_their_noise_was_small():
     result = solve(model, AdaptiveStochastic(1e-2, 1e-2), 600, 8)
     assert result.row_nfe.double().mean() < 65
     assert (result.x.std(0) / tight.x.std(0)).log().square().mean().sqrt() < 0.002
-
-
-def test_the_step_wanted_is_that_of_the_average_error():
-    times = torch.tensor([1.0, 0.5], dtype=F64)
-    x = torch.zeros(4, 2, dtype=F64)
-    rows = adaptive_sde._Rows(AdaptiveStochastic(), RING.model(VP), 1.0, x, times, sd.RowNoise(0).open())
-    every, length = np.arange(4), np.array([0.5, 0.5, 0.5, 0.5])
-    first, second = np.array([0.4, 0.8, 3.0, 1e-5]), np.array([0.9, 0.1, 0.5, 100.0])
-    rows._adapt(every, length, first, first <= 1)
-    rough = first**2 / length**3
-    np.testing.assert_allclose(rows.step[:2], (0.5 / rough[:2]) ** (1 / 3))
-    np.testing.assert_allclose(rows.step[2:], [(0.5 / 72) ** (1 / 3), 2.0])  # at most 4 times as long
-    rows._adapt(every, length / 2, second, second <= 1)
-    rough += 0.3 * (second**2 / (length / 2) ** 3 - rough)
-    expected = (0.5 / rough) ** (1 / 3)
-    np.testing.assert_allclose(rows.step, [*expected[:3], 0.025])
 
 
 def test_data_of_the_assumed_deviation_takes_few_steps():

@@ -20,7 +20,10 @@ def test_it_passes_every_check():
     check_sde(TwoFunctions())
 
 
-@pytest.mark.parametrize("solver", [*STEPPERS, sd.TorchDiffEq(), sd.TorchSDE("milstein")], ids=name)
+FREE = [sd.TorchDiffEq(), sd.TorchSDE("milstein"), sd.Adaptive(), sd.AdaptiveRungeKutta("bosh3", 1e-3, 1e-3), sd.AdaptiveStochastic(0.05, 0.05)]
+
+
+@pytest.mark.parametrize("solver", [*STEPPERS, *FREE], ids=name)
 def test_every_solver_samples_from_it(solver):
     model = TARGET.model(TwoFunctions())
     steps = None if solver.default_steps == 1 else 150

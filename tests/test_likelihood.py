@@ -227,3 +227,15 @@ def test_likelihoods_in_inference_mode_and_of_networks_of_another_dtype():
     network = sd.networks.MLP((2,)).double()
     codes = torch.randint(0, 4, (3, 2))
     assert sd.bits_per_dim(sd.ScoreModel(network, sd.VP()), codes, levels=4, seed=0).value.dtype == F64
+
+
+def test_a_budget_that_runs_out_is_an_error_and_chunks_are_counted():
+    model = sd.exact.Gaussian(torch.zeros(2, dtype=torch.float64), 0.3).model(sd.VP())
+    x = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(sd.DivergenceError, match=r"6 row\(s\) ran out of network calls"):
+        sd.log_prob(model, x, solver=sd.AdaptiveRungeKutta(max_nfe=12))
+    whole = sd.log_prob(model, x, solver=sd.AdaptiveRungeKutta())
+    parts = sd.log_prob(model, x, solver=sd.AdaptiveRungeKutta(), batch_size=4)
+    torch.testing.assert_close(parts.value, whole.value, rtol=0, atol=1e-10)
+    assert torch.equal(parts.accepted, whole.accepted)
+    assert len(whole.rejected) == 6
