@@ -68,9 +68,9 @@ def grid(model: sd.ScoreModel, steps: int) -> Tensor:
 
 @cache
 def calibration(model: sd.ScoreModel, nfe: int) -> sd.Calibration:
-    """A pilot run of 64 rows, drawn with a seed of its own, for one number of steps."""
+    """A pilot run of 128 rows, drawn with a seed of its own, for one number of steps."""
     size = model.network.target.event[0]
-    return sd.calibrate(model, (64, size), nfe, seed=1)
+    return sd.calibrate(model, (128, size), nfe, seed=1)
 
 
 FIXED: dict[str, Ours] = {

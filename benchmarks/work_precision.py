@@ -9,6 +9,7 @@ Writes `work_precision.csv` (every run), `work_precision.md` (tables) and two fi
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -212,7 +213,12 @@ SHOWN_PEERS: dict[str, tuple[str, str, str]] = {
     "torchdiffeq dopri5 t": ("#D55E00", "", ":"),
     "k-diffusion dpm_adaptive-3": ("#E69F00", "", ":"),
 }
-OUR_STYLES = (("#000000", "o"), ("#0072B2", "o"), ("#D55E00", "o"), ("#009E73", "o"), ("#CC79A7", "o"))
+SHOWN_OURS = {
+    "Exponential": ("#000000", "o"),
+    "Exponential, calibrated": ("#0072B2", "o"),
+    "Adaptive": ("#D55E00", "o"),
+    "Heun": ("#009E73", "o"),
+}
 
 
 def figure(rows: Sequence[Row], names: Sequence[str], file: str) -> None:
@@ -231,13 +237,14 @@ def figure(rows: Sequence[Row], names: Sequence[str], file: str) -> None:
     )  # fmt: skip
     handles: dict[str, Any] = {}
     for panel, name in zip(axes.flat, names, strict=False):
-        styles = iter(OUR_STYLES)
         for (group, sampler), line in curves(rows, name, "rms").items():
             points = [(calls, error) for calls, error in sorted(line) if math.isfinite(error) and 4 <= calls <= 130]
-            if not points or (group != "ours" and (group != "peer" or sampler not in SHOWN_PEERS)):
+            if not points or (group, sampler in SHOWN_OURS) == ("ours", False):
+                continue
+            if group != "ours" and (group != "peer" or sampler not in SHOWN_PEERS):
                 continue
             if group == "ours":
-                colour, marker = next(styles)
+                colour, marker = SHOWN_OURS[sampler]
                 look = {"color": colour, "marker": marker, "linewidth": 2.4, "markersize": 5, "zorder": 3}
                 label = f"sdediff {sampler}"
             else:
@@ -270,6 +277,38 @@ def figure(rows: Sequence[Row], names: Sequence[str], file: str) -> None:
     plt.close(fig)
 
 
+def last_rows(file: str) -> list[Row]:
+    """The rows of the last results."""
+    with open(RESULTS / file, newline="") as stream:
+        return [
+            {
+                **row,
+                "nfe": int(row["nfe"]) if row["nfe"] else "",
+                "tolerance": float(row["tolerance"]) if row["tolerance"] else "",
+                **{column: float(row[column]) for column in ("calls", "rms", "median")},
+            }
+            for row in csv.DictReader(stream)
+        ]
+
+
+def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """The old rows, with those of samplers that were run again replaced in their places."""
+
+    def kind(row: Row) -> tuple[str, str, str]:
+        return row["target"], row["group"], row["sampler"]
+
+    fresh: dict[tuple[str, str, str], list[Row]] = {}
+    for row in new:
+        fresh.setdefault(kind(row), []).append(row)
+    found: list[Row] = []
+    for row in old:
+        if kind(row) not in {kind(r) for r in new}:
+            found.append(row)
+        else:
+            found += fresh.pop(kind(row), [])
+    return found + [row for rows in fresh.values() for row in rows]
+
+
 def main() -> None:
     """Run, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -278,12 +317,17 @@ def main() -> None:
     )
     parser.add_argument("--targets", nargs="*", default=None, help="names of targets; all if not given")
     parser.add_argument("--only", nargs="*", default=(), help="samplers whose name contains one of these")
+    parser.add_argument(
+        "--keep", action="store_true", help="take the samplers that are not run from the last results of the same files"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     names = args.targets or [*targets.MAIN, *(() if args.quick else targets.HELD_OUT)]
     starts = 64 if args.quick else reference.STARTS
-    rows = measure_all(names, args.only, starts)
     prefix = "quick_" if args.quick else ""
+    rows = measure_all(names, args.only, starts)
+    if args.keep:
+        rows = merged(last_rows(f"{prefix}work_precision.csv"), rows)
     write_csv(f"{prefix}work_precision.csv", rows)
     print(write_text(f"{prefix}work_precision.md", report(rows, starts)).read_text())
     for group, ending in ((targets.MAIN, ""), (targets.HELD_OUT, "_held_out")):

@@ -110,7 +110,7 @@ def calibrate(
     steps: int | Sequence[int],
     *,
     seed: int = 0,
-    trials: int = 60,
+    trials: int = 100,
     x_init: State | None = None,
     t_min: float | None = None,
     batch_size: int | None = None,
@@ -122,7 +122,7 @@ def calibrate(
 
     Args:
         model: a model of a linear SDE.
-        shape: `(rows, *event)` of the pilot; 64 rows will do.
+        shape: `(rows, *event)` of the pilot; 128 rows will do.
         steps: numbers of steps to fit.
         seed: of the pilot's starts and of the search.
         trials: grids to try for each number of steps.

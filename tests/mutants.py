@@ -185,7 +185,6 @@ MUTANTS = [
         ),
         ("weights=((1 + level**2) * k_e)", "weights=((1 + level**2) * k_s)"),
         ("if other != j:", "if other > j:"),
-        ("np.arange(known - 1, known if known < order else count)", "np.arange(known - 1, count)"),
         ("np.arange(known - 1, known if known < order else count)", "np.arange(known - 1, known)"),
         ("nodes[rows[:, None] + ahead - np.arange(known + ahead)]", "nodes[rows[:, None] - np.arange(known + ahead)]"),
         ("change[:, 1:] -= predict", "change[:, :-1] -= predict"),

@@ -20,7 +20,13 @@ def test_it_passes_every_check():
     check_sde(TwoFunctions())
 
 
-FREE = [sd.TorchDiffEq(), sd.TorchSDE("milstein"), sd.Adaptive(), sd.AdaptiveRungeKutta("bosh3", 1e-3, 1e-3), sd.AdaptiveStochastic(0.05, 0.05)]
+FREE = [
+    sd.TorchDiffEq(),
+    sd.TorchSDE("milstein"),
+    sd.Adaptive(),
+    sd.AdaptiveRungeKutta("bosh3", 1e-3, 1e-3),
+    sd.AdaptiveStochastic(0.05, 0.05),
+]
 
 
 @pytest.mark.parametrize("solver", [*STEPPERS, *FREE], ids=name)

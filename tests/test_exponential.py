@@ -580,6 +580,10 @@ def test_the_ring_and_the_list_give_the_same_numbers(monkeypatch):
         for solver, x in zip(solvers, ring, strict=True):
             listed = run(solver, model, differentiable=True).detach()
             torch.testing.assert_close(x, listed, rtol=1e-11, atol=1e-11)
+    model, solver = sd.ScoreModel(network, sd.VP(), "score"), sd.Exponential(2, predict="noise")  # -sigma times it
+    torch.testing.assert_close(
+        run(solver, model), run(solver, model, differentiable=True).detach(), rtol=1e-11, atol=1e-11
+    )
     monkeypatch.setattr(tables, "_Ring", None)
     model = MIXTURE.model(sd.VP())
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))

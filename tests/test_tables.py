@@ -183,6 +183,24 @@ def test_a_table_is_the_recursion_that_it_stands_for(differentiable, remembers, 
     assert torch.equal(got.trajectory[0], start)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_states_may_be_changed_between_the_steps(gradients):
+    """As a corrector does: a step starts from the state it is given, not from the one it gave."""
+    draw = lambda *shape: torch.rand(*shape, dtype=F64, generator=GENERATOR)  # noqa: E731
+    times = sd.grids.natural(sd.VP(), 6)
+    table = Table(times, draw(6), draw(6, 3).tril(), torch.zeros(6, dtype=F64))
+    model = sd.ScoreModel(lambda x, t: (x * t[:, None]).sin(), sd.VP())
+    solver, x, values = Recurrence(table), draw(3, 2), []
+    with torch.set_grad_enabled(gradients):
+        step = solver.start(solver.process(model), x, times, sd.RowNoise(0).open())
+        for i, t in enumerate(times[:-1]):
+            values.insert(0, (x * t).sin())
+            expected = table.A[i] * x + sum(b * value for b, value in zip(table.B[i], values, strict=False))
+            got = step(i, x)
+            torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+            x = got + draw(3, 2) if i % 2 else got
+
+
 def test_a_table_may_have_several_rows_for_a_step():
     sde, times = sd.VP(), torch.tensor([1.0, 0.8, 0.5, 0.3, 0.2], dtype=F64)
     ones = torch.ones(4, dtype=F64)
