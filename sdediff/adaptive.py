@@ -30,8 +30,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sdediff.embedded import norm
 from sdediff.errors import CapabilityError, DivergenceError, OptionError
-from sdediff.exponential import Array, Points, Split, Steps, deviation_of, interpolated
+from sdediff.exponential import Array, Points, Steps, deviation_of, interpolated, split_for
 from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
 from sdediff.noise import NoiseStream
@@ -108,7 +109,7 @@ class _Rows:
         batch = x.shape[0]
         self.solver, self.model, self.times = solver, model, times
         self.sde: LinearSDE = model.linear
-        self.splitting = Split(solver.sigma_data or deviation_of(model), _QUADRATURE)
+        self.splitting = split_for(model, solver.sigma_data or deviation_of(model), _QUADRATURE)
         self.ends = self.splitting.node(Points.at(self.sde, times))
         self.sign = math.copysign(1.0, self.ends[-1] - self.ends[0])
         self.x = x.clone()
@@ -161,8 +162,8 @@ class _Rows:
         unit = self.splitting.sigma_data / np.hypot(self.splitting.sigma_data * end.alpha, end.sigma)
         scale = over(torch.from_numpy(unit), x)
         allowed = self.solver.atol + self.solver.rtol * (scale * torch.maximum(x.abs(), new.abs()))
-        error = _norm(scale * (new - predicted) / allowed)
-        error_below = _norm(scale * (new - linear - _total(fewer, values)) / allowed)
+        error = norm(scale * (new - predicted) / allowed)
+        error_below = norm(scale * (new - linear - _total(fewer, values)) / allowed)
         good = error <= 1
         self._check(rows, length, good)
         self._adapt(rows, length, error, error_below, good)
@@ -228,9 +229,3 @@ def _total(weights: Array, values: Tensor) -> State:
         if weights[:, j].any():
             total = total + over(torch.from_numpy(weights[:, j]), total) * values[j]
     return total
-
-
-def _norm(e: State) -> Array:
-    """Root mean square over everything but the batch, float64; NaN counts as infinite."""
-    rows = e.reshape(e.shape[0], -1).double().square().mean(1).sqrt()
-    return np.nan_to_num(rows.cpu().numpy(), nan=np.inf, posinf=np.inf)

@@ -5,7 +5,7 @@ log(sigma / alpha). A pilot run of a few rows knows better. `calibrate` solves t
 once, takes the deviation of the data off the result, and then, for each number of steps asked for, looks for the grid
 (and the order) with which `Exponential` comes closest to the fine solution from the same starts.
 
-A grid is described by its density of steps in `l = log(sigma / alpha)`: that of `grids.tapered` times
+A grid is described by its density of steps in `l = log(sigma / alpha)`: that of the usual grid times
 `exp(spline(l))`, with the spline through seven numbers at even places. They are found by random search: a normal
 perturbation of a random half of them, kept if it helps, its size growing on success and shrinking on failure. What is
 lowered is the mean of the logarithms of the root mean square and the median error of the rows: the first is ruled by
@@ -17,21 +17,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
 from tqdm import tqdm
 
-from sdediff import grids
 from sdediff.errors import DivergenceError, OptionError
-from sdediff.exponential import Array, Exponential
+from sdediff.exponential import Array, Exponential, grid_for
 from sdediff.sampling import sample
 from sdediff.shapes import Grid, State
 
 if TYPE_CHECKING:
-    from sdediff.linear import LinearSDE
     from sdediff.model import ScoreModel
 
 _KNOTS = 7
@@ -56,6 +54,24 @@ class Fit:
     error_before: float
 
 
+class Fits(dict[int, Fit]):
+    """The fits by their numbers of steps; a mapping that cannot change."""
+
+    _fixed = True
+    __dataclass_fields__: ClassVar[dict[str, Any]] = {}
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError("The fits of a Calibration cannot change: calibrate again, or make a new Calibration.")
+
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]  # it cannot change
+        return hash(tuple(sorted(self.items(), key=lambda item: item[0])))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Fits, (dict(self),)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What `calibrate` found; pass it on as `Exponential(calibration=...)`.
@@ -71,15 +87,17 @@ class Calibration:
 
     sigma_data: float
     span: tuple[float, float]
-    fits: dict[int, Fit]
+    fits: Fits
     nfe: int
 
-    def __hash__(self) -> int:
-        return id(self)
+    _fixed: ClassVar[bool] = True
 
-    def grid(self, sde: LinearSDE, steps: int, t_min: float | None = None) -> Grid:
+    def __repr__(self) -> str:
+        return f"Calibration(steps={sorted(self.fits)}, sigma_data={self.sigma_data:.3g})"
+
+    def grid(self, model: ScoreModel, steps: int, t_min: float | None = None) -> Grid:
         """The tuned grid, falling."""
-        return _shaped(sde, steps, t_min, self.sigma_data, self.span, self._nearest(steps).shape)
+        return _shaped(model, steps, t_min, self.sigma_data, self.span, self._nearest(steps).shape)
 
     def order(self, steps: int) -> int:
         """The order to use with it."""
@@ -90,11 +108,16 @@ class Calibration:
 
 
 def _shaped(
-    sde: LinearSDE, n: int, t_min: float | None, sigma_data: float, span: tuple[float, float], shape: tuple[float, ...]
+    model: ScoreModel,
+    n: int,
+    t_min: float | None,
+    sigma_data: float,
+    span: tuple[float, float],
+    shape: tuple[float, ...],
 ) -> Grid:
-    """A tapered grid whose density of steps is multiplied by `exp(spline)`."""
-    fine = grids.tapered(sde, 40 * max(n, 25), sigma_data=sigma_data, t_min=t_min)
-    log_s = (-sde.log_snr(fine) / 2).clamp(min(span), max(span)).numpy()
+    """The usual grid with its density of steps multiplied by `exp(spline)`."""
+    fine = grid_for(model, 40 * max(n, 25), sigma_data, t_min)
+    log_s = (-model.linear.log_snr(fine) / 2).clamp(min(span), max(span)).numpy()
     spline = PchipInterpolator(np.linspace(min(span), max(span), _KNOTS), shape)
     density = np.exp(spline(log_s))
     mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
@@ -135,8 +158,8 @@ def calibrate(
         OptionError: steps or trials that are not positive whole numbers.
         DivergenceError: the pilot is not finite.
     """
-    wanted = [steps] if isinstance(steps, int) else list(steps)
-    if not wanted or any(not isinstance(n, int) or n < 1 for n in wanted) or trials < 0:
+    wanted = [steps] if isinstance(steps, int | np.integer) else list(steps)
+    if not wanted or any(not isinstance(n, int | np.integer) or n < 1 for n in wanted) or trials < 0:
         raise OptionError(f"calibrate needs steps >= 1 and trials >= 0; got steps = {steps!r}, trials = {trials}.")
     sde, calls = model.linear, 0
 
@@ -152,6 +175,11 @@ def calibrate(
     sigma_data = (truth - truth.mean(0)).double().square().mean().sqrt().item()
     ends = fine.grid(model, 2 * _KNOTS, t_min)[[1, -1]]
     high, low = (-sde.log_snr(ends) / 2).clamp(-_FAR, _FAR).tolist()
+    if not sigma_data > 0:
+        raise OptionError(
+            f"calibrate reads the deviation of data off the rows of the pilot, and these {shape[0]} end at one point: "
+            "give at least 2 rows, of data that varies."
+        )
     plain = Exponential(sigma_data=sigma_data)
 
     def errors(order: int, times: Grid) -> tuple[float, float]:
@@ -165,16 +193,16 @@ def calibrate(
 
     fits = {}
     with tqdm(total=len(wanted) * trials, unit="grid", disable=not progress, leave=False) as bar:
-        for n in wanted:
+        for n in map(int, wanted):
 
             def at(order: int, shape: Array, n: int = n) -> tuple[float, float]:
-                return errors(order, _shaped(sde, n, t_min, sigma_data, (low, high), tuple(shape)))
+                return errors(order, _shaped(model, n, t_min, sigma_data, (low, high), tuple(shape)))
 
             usual = plain.order_for(n)
             before = errors(usual, Exponential().grid(model, n, t_min))[0]
             order, found, error = _search(at, usual, trials, np.random.default_rng([seed, n]), bar)
             fits[n] = Fit(order, tuple(found.tolist()), error, before)
-    return Calibration(sigma_data, (low, high), fits, calls)
+    return Calibration(sigma_data, (low, high), Fits(fits), calls)
 
 
 def _search(

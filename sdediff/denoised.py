@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,12 @@ class Wrapped:
 
     model: ScoreModel
     change: Callable[[State], State]
+    keeps_time: ClassVar[bool] = True
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of samples, where the model's network names one."""
+        return getattr(self.model.network, "dtype", None)
 
     def __call__(self, x: State, t: Tensor, condition: Any = None) -> State:
         return self.change(self.model.denoised(t, x, condition=condition))
@@ -69,7 +75,8 @@ def dynamic_threshold(model: ScoreModel, quantile: float = 0.995, limit: float =
         raise OptionError(f"dynamic_threshold needs 0 < quantile <= 1 and limit > 0; got {quantile} and {limit}.")
 
     def change(x: State) -> State:
-        most = torch.quantile(x.abs().reshape(x.shape[0], -1), quantile, dim=1).clamp(min=limit)
+        size = x.abs().reshape(x.shape[0], -1).to(torch.promote_types(x.dtype, torch.float32))
+        most = torch.quantile(size, quantile, dim=1).clamp(min=limit)
         bound = over(most, x)
         return torch.minimum(torch.maximum(x, -bound), bound) * (limit / bound)
 

@@ -131,7 +131,7 @@ class _Rows:
         self.span = float(self.ends[-1] - self.ends[0])
         self.x = x.clone()
         self.t = times[:1].repeat(batch)
-        self.slope = process.coefficients(self.t, x)[0]
+        self.slope = process.coefficients(self.t, x)[0].clone()
         self.known = np.ones(batch, dtype=bool)
         self.step = self._first_steps()
         self.error, self.before = np.ones(batch), np.full(batch, np.nan)
@@ -256,5 +256,6 @@ def _total(weights: Sequence[float], slopes: Sequence[State]) -> State:
 
 def norm(e: State) -> Array:
     """Root mean square of every row, float64; NaN counts as infinite."""
-    rows = (sum_rows(e.detach().double().square()) / max(e[:1].numel(), 1)).sqrt()
-    return np.nan_to_num(rows.cpu().numpy(), nan=np.inf, posinf=np.inf)
+    wide = e.detach().to(torch.promote_types(e.dtype, torch.float32))
+    rows = (sum_rows(wide.square()) / max(e[:1].numel(), 1)).sqrt()
+    return np.nan_to_num(rows.cpu().double().numpy(), nan=np.inf, posinf=np.inf)

@@ -31,6 +31,7 @@ Karras et al. 2022 (arXiv:2206.00364), the preconditioning.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -145,7 +146,7 @@ class _InLogS(Splitting):
 
 @dataclass(frozen=True)
 class Data(_InLogS):
-    """Q is the denoised data."""
+    """Q is the denoised data. A step to sigma = 0 is all of it the last value of Q, so that its order is 1."""
 
     def value(self, alpha: torch.Tensor, sigma: torch.Tensor) -> Combination:
         return torch.ones_like(alpha), torch.zeros_like(alpha)
@@ -158,7 +159,7 @@ class Data(_InLogS):
         return Steps(
             keep=end.sigma / start.sigma * ratio ** (level**2),
             spread=end.sigma * np.sqrt(_fresh(np.log(ratio), level)),
-            u=np.clip(log_s, -_FAR, _FAR),
+            u=np.where((end.sigma > 0)[:, None], np.clip(log_s, -_FAR, _FAR), self.node(start)[:, None]),
             weights=end.alpha[:, None] * weights,
         )
 
@@ -186,10 +187,12 @@ class Split(Splitting):
     """Q is what a network of EDM's form would predict for data of deviation `c = sigma_data`.
 
     Polynomials are in `u = log((s / c + 0.003) / (1 + s / 5 c))`: log s in the middle and, since Q is linear in s near
-    clean data and in 1 / s near pure noise, level beyond. It is finite at both ends.
+    clean data and in 1 / s near pure noise, level beyond. It is finite at both ends. With `cut = inf` in place of 5,
+    it goes on as log s: for networks that predict noise, whose errors make Q grow as s near pure noise.
     """
 
     sigma_data: float
+    cut: float = 5.0
     points: int = _QUADRATURE
 
     def value(self, alpha: torch.Tensor, sigma: torch.Tensor) -> Combination:
@@ -199,12 +202,11 @@ class Split(Splitting):
     def node(self, at: Points) -> Array:
         return self._node(self.sigma_data * at.alpha, at.sigma)
 
-    @staticmethod
-    def _node(signal: Array, sigma: Array) -> Array:
-        return np.log((sigma + 0.003 * signal) / (signal + sigma / 5))
+    def _node(self, signal: Array, sigma: Array) -> Array:
+        return np.log((sigma + 0.003 * signal) / (signal + sigma / self.cut))
 
     def log_s(self, u: Array) -> Array:
-        return np.log(self.sigma_data * (np.exp(u) - 0.003) / (1 - np.exp(u) / 5))
+        return np.log(self.sigma_data * (np.exp(u) - 0.003) / (1 - np.exp(u) / self.cut))
 
     def steps(self, start: Points, end: Points, level: Array) -> Steps:
         signal_s, signal_e = self.sigma_data * start.alpha, self.sigma_data * end.alpha
@@ -259,6 +261,18 @@ def _folded(keep: Array, predict: Array, correct: Array) -> Array:
     return out
 
 
+def split_for(model: ScoreModel, sigma_data: float, points: int = _QUADRATURE) -> Split:
+    """The "split" form for what a network predicts."""
+    return Split(sigma_data, math.inf if model.blind_in_noise else 5.0, points)
+
+
+def grid_for(model: ScoreModel, steps: int, sigma_data: float, t_min: float | None) -> Grid:
+    """The grid for what a network predicts: a tapered one spends few steps where a prediction of noise errs most."""
+    if model.blind_in_noise:
+        return grids.log_snr(model.linear, steps, t_min=t_min)
+    return grids.tapered(model.linear, steps, sigma_data=sigma_data, t_min=t_min)
+
+
 def deviation_of(model: ScoreModel) -> float:
     """The deviation of the data that a model was made for, as far as it says so: 1 unless it predicts "edm"."""
     return model.sigma_data if model.prediction == "edm" else 1.0
@@ -267,14 +281,13 @@ def deviation_of(model: ScoreModel) -> float:
 NoiseLevel: TypeAlias = float | Callable[[torch.Tensor], torch.Tensor | float]
 """lambda >= 0, or a function of the time `()`."""
 
-_SPLITTINGS: dict[str, Callable[[float], Splitting]] = {
-    "split": Split,
-    "data": lambda sigma_data: Data(),
-    "noise": lambda sigma_data: Noise(),
+_SPLITTINGS: dict[str, Callable[[float, ScoreModel], Splitting]] = {
+    "split": lambda sigma_data, model: split_for(model, sigma_data),
+    "data": lambda sigma_data, model: Data(),
+    "noise": lambda sigma_data, model: Noise(),
 }
 
 
-@lru_cache(maxsize=256)
 def _table(method: Exponential, splitting: Splitting, order: int, corrector: bool, packed: bytes) -> Table:
     """The table of a grid, from nothing but numbers: times, alpha, sigma and the noise level of every step."""
     n = (len(packed) // 8 + 1) // 4
@@ -287,6 +300,9 @@ def _table(method: Exponential, splitting: Splitting, order: int, corrector: boo
         remembers = splitting.value(torch.from_numpy(alpha[:-1]), torch.from_numpy(sigma[:-1]))
         clock, keep, B, spread = map(torch.from_numpy, (times, steps.keep, weights, steps.spread))
         return Table(clock, keep, B, spread, remembers)
+
+
+_kept_table = lru_cache(maxsize=256)(_table)
 
 
 def _check_ends(table: Table, predict: str, times: Grid) -> None:
@@ -314,6 +330,9 @@ class Exponential(TableSolver):
         calibration: what `calibrate` found for the model: its deviation and, for deterministic solves, its grids and
             orders, where they are not given.
 
+    Its grid is `grids.tapered`, or `grids.log_snr` for networks that predict noise or the score: what is made of their
+    output near pure noise has their error times sigma / alpha, and wants steps there.
+
     `Exponential(2, predict="data", corrector=False)` is DPM-Solver++(2M), with `noise_level=1` its stochastic form;
     order 1 without corrector is DDIM. Without a corrector the first `order - 1` steps are corrected all the same, or
     their low order would be that of the whole. The first step is predicted at order 1 and corrected at order 2, which
@@ -327,7 +346,7 @@ class Exponential(TableSolver):
     predict: str = "split"
     corrector: bool | None = None
     sigma_data: float | None = None
-    calibration: Calibration | None = field(default=None, repr=False)
+    calibration: Calibration | None = None
     default_steps: ClassVar[int] = 50
 
     def __post_init__(self) -> None:
@@ -344,29 +363,26 @@ class Exponential(TableSolver):
     def deterministic(self) -> bool:
         return not callable(self.noise_level) and self.noise_level == 0
 
-    @property
-    def fixed(self) -> bool:
-        return super().fixed and not callable(self.noise_level)
-
     def process(self, model: ScoreModel) -> Reverse:
         return Reverse(model, 1.0 if callable(self.noise_level) else self.noise_level)
 
     def grid(self, model: ScoreModel, steps: int, t_min: float | None = None) -> Grid:
         if self.calibration is not None and self.deterministic:
-            return self.calibration.grid(model.linear, steps, t_min)
-        return grids.tapered(model.linear, steps, sigma_data=self._deviation(model), t_min=t_min)
+            return self.calibration.grid(model, steps, t_min)
+        return grid_for(model, steps, self._deviation(model), t_min)
 
     def table(self, model: ScoreModel, times: Grid) -> Table:
-        splitting = _SPLITTINGS[self.predict](self._deviation(model))
+        splitting = _SPLITTINGS[self.predict](self._deviation(model), model)
         levels, count = self._levels(times), len(times) - 1
         columns = [times, *model.linear.scales_at(times), levels]
         packed = b"".join(column.detach().cpu().numpy().tobytes() for column in columns)
         noise_level = levels.max().item()
         many = noise_level == 0 or count >= 16 * (1 + noise_level**2)
         corrector = many if self.corrector is None else self.corrector
-        table = _table(self, splitting, self.order_for(count), corrector, packed)
+        make = _kept_table if self.fixed else _table
+        table = make(self, splitting, self.order_for(count), corrector, packed)
         _check_ends(table, self.predict, times)
-        return table
+        return table.clone()
 
     def weights(self, steps: Steps, nodes: Array, order: int, corrector: bool) -> Array:
         """`B` for the nodes of a grid, `(steps, order + 1)`."""
@@ -413,10 +429,14 @@ class UniPC(Exponential):
     predict: str = field(default="data", init=False)
     corrector: bool | None = field(default=True, init=False)
     noise_level: NoiseLevel = field(default=0.0, init=False)
+    sigma_data: float | None = field(default=None, init=False, repr=False)
+    calibration: Calibration | None = field(default=None, init=False, repr=False)
     variant: str = "bh2"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.order is None:
+            raise OptionError("UniPC needs an order, 1 to 5; 3 is the authors' choice.")
         if self.variant not in ("bh1", "bh2"):
             raise OptionError(f"variant must be 'bh1' or 'bh2'; got {self.variant!r}.")
 
@@ -461,7 +481,7 @@ class ExponentialRungeKutta(TableSolver):
     default_steps: ClassVar[int] = 25
 
     def __post_init__(self) -> None:
-        if self.order not in (2, 3):
+        if not (isinstance(self.order, int) and self.order in (2, 3)):
             raise OptionError(f"ExponentialRungeKutta has order 2 or 3; got {self.order!r}.")
         Exponential(predict=self.predict, sigma_data=self.sigma_data)
 
@@ -469,7 +489,7 @@ class ExponentialRungeKutta(TableSolver):
         return Exponential(sigma_data=self.sigma_data).grid(model, steps, t_min)
 
     def table(self, model: ScoreModel, times: Grid) -> Table:
-        splitting = _SPLITTINGS[self.predict](Exponential(sigma_data=self.sigma_data)._deviation(model))
+        splitting = _SPLITTINGS[self.predict](self.sigma_data or deviation_of(model), model)
         with np.errstate(all="ignore"):
             table = self._stages(model.linear, splitting, times)
         _check_ends(table, self.predict, times)

@@ -127,7 +127,6 @@ class PredictorCorrector(Solver):
 
     predictor: Solver
     corrector: Corrector = Langevin()
-    default_steps: ClassVar[int] = 100
 
     def __post_init__(self) -> None:
         if not isinstance(self.predictor, Solver):
@@ -142,6 +141,13 @@ class PredictorCorrector(Solver):
     @property
     def deterministic(self) -> bool:
         return False
+
+    @property
+    def default_steps(self) -> int:  # type: ignore[override]  # the predictor's
+        return self.predictor.default_steps
+
+    def grid(self, model: ScoreModel, steps: int, t_min: float | None = None) -> Grid:
+        return self.predictor.grid(model, steps, t_min)
 
     def process(self, model: ScoreModel) -> Reverse:
         return self.predictor.process(model)

@@ -146,6 +146,11 @@ class ScoreModel:
         return self._linear is not None
 
     @property
+    def blind_in_noise(self) -> bool:
+        """Whether the output says nothing of the data where alpha is 0: data made of it errs as sigma / alpha."""
+        return self.prediction in ("noise", "score")
+
+    @property
     def linear(self) -> LinearSDE:
         """The forward process, when it is linear.
 
@@ -248,7 +253,7 @@ class ScoreModel:
             nonlocal dtype, rows
             if x.shape[0] != rows:
                 rows, dtype = x.shape[0], _dtype_of(self.network) or x.dtype
-                cast = seen.to(x.device, dtype) if seen.is_floating_point() else seen.to(x.device)
+                cast = self._clock(seen, x, dtype)
                 clocks[:] = cast[:, None].expand(-1, rows).unbind()
             inputs = x if scales is None else scales[k] * x
             output = network(inputs if inputs.dtype == dtype else inputs.to(dtype), clocks[k], *extra)
@@ -275,9 +280,15 @@ class ScoreModel:
     def _call(self, inputs: State, seen: Tensor, x: State) -> State:
         """The network's output, in the dtype of x."""
         dtype = _dtype_of(self.network) or x.dtype
-        seen = seen.to(x.device, dtype) if seen.is_floating_point() else seen.to(x.device)
+        seen = self._clock(seen, x, dtype)
         extra = () if self.condition is None else (self.condition,)
         return self._checked(self.network(_in(inputs, dtype), seen, *extra), x)
+
+    def _clock(self, seen: Tensor, x: State, dtype: torch.dtype) -> Tensor:
+        """What the network sees as its time: in its dtype, unless it `keeps_time` in float64, or counts steps."""
+        if getattr(self.network, "keeps_time", False):
+            return seen
+        return seen.to(x.device, dtype) if seen.is_floating_point() else seen.to(x.device)
 
     @staticmethod
     def _checked(output: object, x: State) -> State:

@@ -76,6 +76,7 @@ class _Counter:
 
     def __init__(self, network: Callable[..., Tensor]) -> None:
         self.network = network
+        self.keeps_time = getattr(network, "keeps_time", False)
         self.calls = 0
 
     def __call__(self, *args: Any) -> Tensor:
@@ -128,7 +129,7 @@ def grid_for(
         return falling if direction < 0 else falling.flip(0)
     if steps is not None or t_min is not None:
         raise OptionError("Give either times=..., a whole grid, or steps=... and t_min=..., from which one is made.")
-    grid = as_time(times)
+    grid = as_time(times).detach().cpu()
     check_grid(grid, direction=direction)
     model.sde.check_span(grid, "times")
     return grid
@@ -199,7 +200,8 @@ def explain(
     solver: Solver, process: SDE, x: State, final: State, times: Grid, restart: Callable[[], NoiseStream]
 ) -> None:
     """Replay a solve that went wrong, step by step, to say where; costs one sum when nothing is wrong."""
-    if bool(final.detach().sum().isfinite()):  # a sum that overflows by itself only costs a replay
+    total = final.detach().sum(dtype=torch.promote_types(final.dtype, torch.float32))
+    if bool(total.isfinite()) or bool(final.isfinite().all()):
         return
     finite_or_raise(x, "The initial state", step=None, time=times[0].item())
     for i, state in enumerate(solver.solve(process, x, times, restart())):
@@ -244,7 +246,8 @@ def sample(
         condition: passed to the network; tensors with one entry per row are cut with the rows.
         batch_size: rows solved at a time; all if None.
         trajectory: whether to keep the states at all times, or a number k to keep every k-th.
-        differentiable: whether gradients flow through the solve, to x_init, the condition and the network's parameters.
+        differentiable: whether gradients flow through the solve, to x_init, the condition and the network's parameters
+            (not to parameters of the SDE, whose coefficients are numbers).
         progress: whether to show a bar.
         dtype, device: of the states; if None, those of x_init, or of the network's parameters, or its own `dtype`.
 
@@ -395,7 +398,7 @@ def _run(
                 x = end(bound, grid[-1] if tally.reached is None else tally.reached, x)
                 if tally.nfe is not None:
                     tally.nfe = tally.nfe + counter.calls - before
-                nfe = max(nfe, counter.calls)
+                nfe = max(nfe, counter.calls if tally.nfe is None else int(tally.nfe.max()))
                 explain(solver, run.process, start, x, grid, restart)
             except DivergenceError as error:
                 raise error.shifted(rows.start) from error

@@ -114,10 +114,10 @@ class SDE(ABC):
     def fixed(self) -> bool:
         """Whether solvers may keep grids and tables they made for this process and use them for equal ones.
 
-        A class says so by `_fixed = True` of its own, which its subclasses do not inherit: instances cannot change,
-        and those that are equal are the same process.
+        A class says so by `_fixed = True` of its own, which its subclasses do not inherit: it is a frozen dataclass,
+        and equal instances are the same process. It holds where all fields are plain numbers.
         """
-        return bool(type(self).__dict__.get("_fixed", False))
+        return is_fixed(self)
 
     def rows(self, index: Tensor, batch: int) -> SDE:
         """This process for some rows of a batch, where rows have something of their own."""
@@ -208,6 +208,19 @@ class SDE(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+def is_fixed(thing: object) -> bool:
+    """Whether a frozen dataclass that says `_fixed` holds plain values only, or what is fixed itself."""
+
+    def fine(value: object) -> bool:
+        if type(value) is tuple:
+            return all(map(fine, value))
+        return value is None or type(value) in (int, float, bool, str) or is_fixed(value)
+
+    if not type(thing).__dict__.get("_fixed", False):
+        return False
+    return all(fine(getattr(thing, field)) for field in type(thing).__dataclass_fields__)  # type: ignore[attr-defined]
 
 
 def fresh_seed() -> int:

@@ -24,7 +24,7 @@ from sdediff.grids import natural
 from sdediff.model import ScoreModel
 from sdediff.noise import NoiseStream
 from sdediff.reverse import Reverse
-from sdediff.sde import SDE
+from sdediff.sde import SDE, is_fixed
 from sdediff.shapes import Grid, State, over
 
 Step = Callable[[int, State], State]
@@ -87,7 +87,7 @@ class Solver(ABC):
     @property
     def fixed(self) -> bool:
         """Whether equal solvers make equal grids and tables, so that they may be kept; said as `SDE.fixed` is."""
-        return bool(type(self).__dict__.get("_fixed", False))
+        return is_fixed(self)
 
     @abstractmethod
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:

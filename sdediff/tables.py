@@ -55,6 +55,11 @@ class Table:
     remembers: Combination | None = None
     ends: tuple[int, ...] | None = None
 
+    def clone(self) -> Table:
+        """A table of its own numbers."""
+        past = None if self.remembers is None else (self.remembers[0].clone(), self.remembers[1].clone())
+        return Table(self.times.clone(), self.A.clone(), self.B.clone(), self.C.clone(), past, self.ends)
+
     def columns(self) -> dict[str, list[float]]:
         """The table by columns, as `pandas.DataFrame` takes it: t, s (the next time), A, B0, B1, ..., C."""
         past = {f"B{j}": column.tolist() for j, column in enumerate(self.B.T)}
@@ -140,7 +145,7 @@ class _Rows:
     def start(self, model: ScoreModel, x: State, noise: NoiseStream) -> Step:
         times, jitter = self.table.times, self.jitter
         output = model.along(times[:-1])
-        memory = _None if len(self.table.B[0]) == 1 else _Ring if _may_multiply(x) else _List
+        memory = _Memoryless if len(self.table.B[0]) == 1 else _Ring if _may_multiply(x) else _List
         advance = memory(self, x).advance
 
         def row(k: int, x: State) -> State:
@@ -185,11 +190,20 @@ _NEGLIGIBLE = 1e-13
 
 def _may_multiply(x: State) -> bool:
     """Whether a matrix product of such states is exact to rounding and needs no gradient."""
-    full = x.dtype == torch.float64 or (x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest")
-    return full and not torch.is_grad_enabled()
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return False
+    return x.dtype == torch.float64 or (x.dtype == torch.float32 and _full_precision())
 
 
-class _None:
+def _full_precision() -> bool:
+    """Whether float32 products are float32 products; False where torch will not say."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:
+        return False
+
+
+class _Memoryless:
     """No memory; the conversion of the network's output is part of the coefficients."""
 
     def __init__(self, rows: _Rows, x: State) -> None:

@@ -7,6 +7,8 @@ from helpers import NAMED, fitted_order, name, scalar_target
 
 import sdediff as sd
 
+pytestmark = pytest.mark.timeout(60)  # a step size that is wrong may never arrive
+
 F64 = torch.float64
 ANGLES = 2 * math.pi * torch.arange(8, dtype=F64) / 8
 RING = sd.exact.GaussianMixture(
@@ -262,10 +264,35 @@ def test_tolerances_are_absolute_and_relative():
     process = sd.EDM(sigma_min=0.002, sigma_max=80.0)
     scaled = sd.EDM(sigma_min=2.0, sigma_max=8e4)
     start = AXES.marginal(process, 80.0).sample(6, seed=0)
-    small = run(sd.Adaptive(1e-5, 1e-12, sigma_data=1.0), start, AXES.model(process))
-    large = run(sd.Adaptive(1e-5, 1e-9, sigma_data=1000.0), 1000 * start, big.model(scaled))
-    assert torch.equal(small.accepted, large.accepted)
-    torch.testing.assert_close(1000 * small.x, large.x, rtol=1e-8, atol=1e-6)
+    for rtol, atol in ((1e-5, 1e-12), (0.0, 1e-5)):
+        small = run(sd.Adaptive(rtol, atol, sigma_data=1.0), start, AXES.model(process))
+        large = run(sd.Adaptive(rtol, 1000 * atol, sigma_data=1000.0), 1000 * start, big.model(scaled))
+        assert torch.equal(small.accepted, large.accepted)
+        torch.testing.assert_close(1000 * small.x, large.x, rtol=1e-8, atol=1e-6)
+
+
+class Unscaled(sd.LinearSDE):
+    """`x / alpha` of the process."""
+
+    t_min, t_max = SDE.t_min, SDE.t_max
+
+    def scales(self, t):
+        alpha, sigma = SDE.scales(t)
+        return torch.ones_like(t), sigma / alpha
+
+
+def test_errors_are_those_of_the_data_whatever_the_scale_of_the_state():
+    """The solve of `x / alpha` takes the same steps."""
+    x = AXES.marginal(SDE, 1.0).sample(6, seed=0)
+    for rtol, atol in ((0.0, 1e-5), (1e-4, 1e-9)):
+        solver = sd.Adaptive(rtol, atol, sigma_data=0.6)
+        ours, theirs = run(solver, x, AXES.model(SDE)), run(solver, x / SDE.alpha(1.0), AXES.model(Unscaled()))
+        if rtol == 0:
+            assert torch.equal(ours.accepted, theirs.accepted)
+            assert torch.equal(ours.rejected, theirs.rejected)
+            torch.testing.assert_close(ours.x / SDE.alpha(1e-3), theirs.x, rtol=1e-7, atol=1e-7)
+        else:  # the size of a state is taken over both ends of a step
+            assert ours.accepted.sum().item() == pytest.approx(theirs.accepted.sum().item(), rel=0.12)
 
 
 def test_gradients_are_those_of_the_flow():

@@ -82,7 +82,7 @@ def test_a_number_of_steps_that_was_not_asked_for_takes_the_nearest_in_ratio(fou
     for n, known in nearest.items():
         assert found.order(n) == solver.order_for(n) == found.fits[known].order
         times = solver.grid(MODEL, n)
-        assert torch.equal(times, found.grid(SDE, n))
+        assert torch.equal(times, found.grid(MODEL, n))
         assert len(times) == n + 1
         assert (times[0], times[-1]) == (1.0, 1e-3)
         assert (times.diff() < 0).all()
@@ -104,9 +104,10 @@ def test_the_density_of_steps_is_the_tapered_one_times_the_shape(sde):
     )
     n = 30
     plain = sd.grids.tapered(sde, n, sigma_data=0.7, t_min=low)
-    times = flat.grid(sde, n, low)
+    model = RING.model(sde)
+    times = flat.grid(model, n, low)
     torch.testing.assert_close(times[1:-1], plain[1:-1], rtol=2e-3, atol=1e-4 * sde.t_max)
-    fine = up.grid(sde, 40 * n, low)
+    fine = up.grid(model, 40 * n, low)
     inside = (fine < high) & (fine > low)
     log_s = -sde.log_snr(fine[inside]) / 2
     default = -sde.log_snr(sd.grids.tapered(sde, 40 * n, sigma_data=0.7, t_min=low)[1:-1]) / 2
@@ -143,7 +144,7 @@ def test_it_ends_where_it_is_told_and_works_from_pure_noise_to_clean_data():
 def test_a_calibration_can_be_kept(found):
     again = pickle.loads(pickle.dumps(found))
     assert again == found
-    assert torch.equal(again.grid(SDE, 8), found.grid(SDE, 8))
+    assert torch.equal(again.grid(MODEL, 8), found.grid(MODEL, 8))
     solver = sd.Exponential(calibration=found)
     hash(solver)
     x = RING.marginal(SDE, 1.0).sample(3, seed=1)
