@@ -2,7 +2,8 @@
 
 Compared with hand-written loops that make the same network call with precomputed coefficients and draw their start:
 
-- DDIM: `x = a x + b F`;  2M: `x = a x + b F + c F_old`;  SDE: `x = a x + b F + c randn`.
+- DDIM: `x = a x + b F`;  2M: `x = a x + b F + c F_old`;  SDE: `x = a x + b F + c randn`;
+- Adams: `x = a x + sum_j b_j F_(i-j)` over six values, which is what order 5 with its corrector takes.
 
 float32, one thread, processor time; the best of interleaved rounds, so that all meet the same machine, which should be
 otherwise idle. A whole call is timed (tables,
@@ -61,6 +62,9 @@ OURS: dict[str, Timed] = {
     "DDIM": Timed("DDIM", _ours(sd.DDIM())),
     "DDPM": Timed("SDE", _ours(sd.DDPM())),
     "EulerMaruyama": Timed("SDE", _ours(sd.EulerMaruyama())),
+    "Exponential, 2M": Timed("2M", _ours(sd.Exponential(2, predict="data", corrector=False))),
+    "Exponential": Timed("Adams", _ours(sd.Exponential())),
+    "Exponential, level 1": Timed("SDE", _ours(sd.Exponential(noise_level=1.0))),
     "TorchDiffEq euler": Timed("DDIM", _ours(sd.TorchDiffEq("euler"))),
     "TorchSDE euler": Timed("SDE", _ours(sd.TorchSDE("euler"))),
 }
@@ -114,10 +118,27 @@ def _loop_sde(shape: tuple[int, ...], steps: int) -> Call:
     return run
 
 
+def _loop_adams(shape: tuple[int, ...], steps: int) -> Call:
+    columns, times = _coefficients(steps, 7), list(torch.linspace(1, 0, steps))
+
+    def run() -> Tensor:
+        x = torch.randn(shape)
+        past = [torch.zeros(shape) for _ in range(5)]
+        for i in range(steps):
+            past = [network(x, times[i]), *past[:5]]
+            x = columns[0][i] * x
+            for column, value in zip(columns[1:], past, strict=True):
+                x = x + column[i] * value
+        return x
+
+    return run
+
+
 LOOPS: dict[str, Timed] = {
     "DDIM": Timed("DDIM", _loop_ddim),
     "2M": Timed("2M", _loop_2m),
     "SDE": Timed("SDE", _loop_sde),
+    "Adams": Timed("Adams", _loop_adams),
 }
 
 
