@@ -21,6 +21,9 @@ from sdediff.calibration import calibrate as calibrate
 from sdediff.denoised import clamp_denoised as clamp_denoised
 from sdediff.denoised import dynamic_threshold as dynamic_threshold
 from sdediff.denoised import map_denoised as map_denoised
+from sdediff.divergence import Divergence as Divergence
+from sdediff.divergence import Exact as Exact
+from sdediff.divergence import Hutchinson as Hutchinson
 from sdediff.embedded import AdaptiveRungeKutta as AdaptiveRungeKutta
 from sdediff.errors import CapabilityError as CapabilityError
 from sdediff.errors import CheckFailure as CheckFailure
@@ -40,9 +43,10 @@ from sdediff.langevin import Corrector as Corrector
 from sdediff.langevin import Langevin as Langevin
 from sdediff.langevin import LangevinByNorm as LangevinByNorm
 from sdediff.langevin import PredictorCorrector as PredictorCorrector
-from sdediff.likelihood import Hutchinson as Hutchinson
 from sdediff.likelihood import LogProb as LogProb
+from sdediff.likelihood import as_distribution as as_distribution
 from sdediff.likelihood import log_prob as log_prob
+from sdediff.likelihood import matched_prior as matched_prior
 from sdediff.linear import LinearSDE as LinearSDE
 from sdediff.linear import as_linear as as_linear
 from sdediff.model import ScoreModel as ScoreModel

@@ -26,10 +26,10 @@ from torch.utils.data import Dataset
 from sdediff import grids, plotting
 from sdediff.adapters import TorchDiffEq, TorchSDE
 from sdediff.bits import bits_per_dim
+from sdediff.divergence import Hutchinson
 from sdediff.draws import mix
 from sdediff.errors import OptionError, optional_import
 from sdediff.langevin import Langevin, PredictorCorrector
-from sdediff.likelihood import Hutchinson
 from sdediff.metrics import energy_distance
 from sdediff.model import ScoreModel
 from sdediff.networks import UNet

@@ -221,6 +221,11 @@ class Gaussian(GaussianMixture):
         mean = torch.as_tensor(mean)
         super().__init__(torch.ones(1), mean[None], torch.as_tensor(cov, dtype=torch.float64)[None])
 
+    @property
+    def variances(self) -> Tensor:
+        """Variances along the axes of the covariance, float64 `(D,)`."""
+        return self._eigen[0]
+
     def flow(self, sde: SDE, x: State, t: Time, s: Time) -> State:
         """The probability-flow ODE from x at t to time s: `alpha_s m + S_s^(1/2) S_t^(-1/2) (x - alpha_t m)`."""
         start, end = self.marginal(sde, t), self.marginal(sde, s)

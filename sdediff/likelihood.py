@@ -1,18 +1,24 @@
-r"""Log-likelihoods by the probability-flow ODE.
+r"""Log-likelihoods by the probability-flow ODE, with error bars.
 
 Along `dx/dt = F(t, x)` the density of the moving state changes by `d log p_t(x(t)) / dt = -div F`, so
 
-    log p(x) = log p_T(x(T)) + int_0^T div F(t, x(t)) dt,
+    log p(x) = log p_T(x(T)) + int_0^T div F(t, x(t)) dt.
 
-integrated from `t_min` to `t_max` together with the path, as one process with `k` extra entries a row that any
-deterministic solver for drift and diffusion can take. The divergence is exact (one vector-Jacobian product for every
-entry of the event) or Hutchinson's estimate `E[e^T J e]` with k probes e, drawn once for each row and kept for the
-whole solve, so that the right-hand side is smooth. The integral is linear in the divergence: the k integrals are k
-unbiased estimates, and their spread is the standard error.
+By default the path and the integral are those of `sdediff.density`: every row has steps of its own, to a tolerance in
+nats, at one network call a step, and probes that are fresh at every step. A `solver` of the caller's integrates the
+divergence together with the path instead, as k extra entries of every row with probes that are fixed for the whole
+solve, so that the right-hand side is smooth; that is also what a process that is not linear gets.
 
-What the number leaves out is given beside it. The value is the density of `x` under `p_{t_min}`, data blurred by
-`sigma(t_min)`. The prior stands for p_T, and `prior_gap = alpha_T^2 |x|^2 / (2 sigma_T^2)` is the KL divergence of
-`p(x_T | x_0 = x)` from it, whose mean over data bounds the KL divergence of the true p_T from the prior.
+Four things may stand between the number and the truth, and each is given beside it:
+
+| what | where | how large |
+|---|---|---|
+| the solver | `error` | the tolerance |
+| the probes | `stderr` | falls as the root of their number; 0 for the exact divergence |
+| the data end, p_0 against p_{t_min} | `tail_gap` | added to the value, unless `tail="none"` |
+| the noise end, p_T against the prior | `prior_gap` | its mean over data bounds the bias; see `matched_prior` |
+
+`prior_gap` is the KL divergence of `p(x_T | x_0 = x)` from the prior.
 
 References: Chen et al. 2018 (arXiv:1806.07366); Grathwohl et al. 2019 (arXiv:1810.01367); Song et al. 2021
 (arXiv:2011.13456), appendix D.2.
@@ -21,16 +27,22 @@ References: Chen et al. 2018 (arXiv:1806.07366); Grathwohl et al. 2019 (arXiv:18
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
+from torch.distributions import Distribution, Transform, constraints
 
-from sdediff.adapters import TorchDiffEq
-from sdediff.draws import RowDraws, mix
+from sdediff.density import Blur, DensityRows, wide
+from sdediff.divergence import Divergence, Exact, automatic
+from sdediff.embedded import AdaptiveRungeKutta
 from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
+from sdediff.exact import Gaussian, GaussianMixture
+from sdediff.exponential import Points, deviation_of, split_for
 from sdediff.model import ScoreModel
 from sdediff.noise import RowNoise
 from sdediff.sampling import (
@@ -40,10 +52,11 @@ from sdediff.sampling import (
     evaluating,
     explain,
     grid_for,
+    sample,
     starts_at_prior,
 )
 from sdediff.sde import SDE, fresh_seed
-from sdediff.shapes import Grid, PerRow, State, check_state, sum_rows
+from sdediff.shapes import Grid, PerRow, State, check_state, finite_or_raise, over, sum_rows
 from sdediff.solvers import Solver, Tally, merged
 
 
@@ -54,205 +67,315 @@ class HasLogProb(Protocol):
         """`(batch,)`."""
 
 
-class Divergence(ABC):
-    """A way to take the divergence of a vector field."""
-
-    @abstractmethod
-    def draw(self, x: State, seed: int, first_row: int) -> Tensor:
-        """Probe vectors `(k, batch, *event)`, one row of which depends on the seed and its index only."""
-
-    @abstractmethod
-    def trace(self, products: Tensor, probes: Tensor) -> Tensor:
-        """Estimates `(batch, columns)` from the products `e^T J`, `(k, batch, *event)`."""
-
-    @abstractmethod
-    def columns(self, x: State) -> int:
-        """Number of estimates for each row."""
-
-
-@dataclass(frozen=True)
-class Exact(Divergence):
-    """The sum of the diagonal of the Jacobian, one vector-Jacobian product for every entry of an event."""
-
-    def draw(self, x: State, seed: int, first_row: int) -> Tensor:
-        size = x[0].numel()
-        basis = torch.eye(size, dtype=x.dtype, device=x.device)
-        return basis[:, None].expand(size, x.shape[0], size).reshape(size, *x.shape)
-
-    def trace(self, products: Tensor, probes: Tensor) -> Tensor:
-        return (products * probes).reshape(*probes.shape[:2], -1).sum((0, 2))[:, None]
-
-    def columns(self, x: State) -> int:
-        return 1
-
-
-@dataclass(frozen=True)
-class Hutchinson(Divergence):
-    """Hutchinson's estimator, unbiased, with `probes` probes a row and a standard error when there are at least two.
-
-    Args:
-        probes: number of probes k >= 1; the variance falls as 1 / k.
-        distribution: "rademacher" (signs; exact for diagonal Jacobians) or "gaussian".
-    """
-
-    probes: int
-    distribution: str
-
-    def __init__(self, probes: int = 8, distribution: str = "rademacher") -> None:
-        if probes < 1:
-            raise OptionError(f"Hutchinson needs at least one probe; got {probes}.")
-        if distribution not in ("rademacher", "gaussian"):
-            raise OptionError(f"Unknown distribution {distribution!r}: write 'rademacher' or 'gaussian'.")
-        object.__setattr__(self, "probes", probes)
-        object.__setattr__(self, "distribution", distribution)
-
-    def draw(self, x: State, seed: int, first_row: int) -> Tensor:
-        normals = RowDraws(mix(seed, 3), first_row)
-        normal = torch.stack([normals(x) for _ in range(self.probes)])
-        return normal if self.distribution == "gaussian" else torch.where(normal < 0, -1.0, 1.0).to(x)
-
-    def trace(self, products: Tensor, probes: Tensor) -> Tensor:
-        return (products * probes).reshape(*probes.shape[:2], -1).sum(2).T
-
-    def columns(self, x: State) -> int:
-        return self.probes
-
-
-def vector_jacobian(value: State, x: State, vectors: Tensor) -> Tensor:
-    """`v^T dvalue/dx` for vectors `(k, batch, *event)`; all at once where the network allows, else one by one."""
-    try:
-        return torch.autograd.grad(
-            value, x, vectors, retain_graph=True, is_grads_batched=True, allow_unused=True, materialize_grads=True
-        )[0]
-    except RuntimeError:
-        return torch.stack(
-            [
-                torch.autograd.grad(value, x, v, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
-                for v in vectors
-            ]
-        )
-
-
-_PRODUCTS_AT_A_TIME = 64
-
-
-def _flat(x: State) -> Tensor:
-    return x.reshape(x.shape[0], -1)
-
-
-class _WithLogDensity(SDE):
-    """The probability-flow ODE with the integrals of its divergence as extra entries of every row."""
-
-    def __init__(self, model: ScoreModel, divergence: Divergence, probes: Tensor, event: tuple[int, ...]) -> None:
-        self.model = model
-        self.divergence = divergence
-        self.vectors = probes
-        self.event = event
-        self.t_min, self.t_max = model.sde.t_min, model.sde.t_max
-
-    @property
-    def noisy(self) -> bool:
-        return False
-
-    def rows(self, index: Tensor, batch: int) -> _WithLogDensity:
-        shared = self.vectors.stride(1) == 0
-        probes = self.vectors[:, : len(index)] if shared else self.vectors[:, index.to(self.vectors.device)]
-        return _WithLogDensity(self.model.rows(index, batch), self.divergence, probes, self.event)
-
-    def coefficients(self, t: Tensor, y: State) -> tuple[State, float]:
-        return self.drift(t, y), 0.0
-
-    def drift(self, t: Tensor, y: State) -> State:
-        size = math.prod(self.event)
-        with torch.enable_grad():
-            x = y[:, :size].reshape(-1, *self.event).detach().requires_grad_()
-            velocity = self.model.velocity(t, x)
-            products = [vector_jacobian(velocity, x, part) for part in torch.split(self.vectors, _PRODUCTS_AT_A_TIME)]
-        trace = self.divergence.trace(torch.cat(products), self.vectors)
-        return torch.cat([_flat(velocity.detach()), trace], dim=1)
-
-    def diffusion(self, t: Tensor, y: State) -> float:
-        return 0.0
-
-
 @dataclass(frozen=True, eq=False)
 class LogProb:
-    """A log-likelihood, its error bar and its price.
+    """A log-likelihood, its error bars and its price. Numbers of nats are float64 where the device has it.
 
     Attributes:
         value: `log p(x)` in nats, `(batch,)`.
-        stderr: standard error of the divergence estimate, `(batch,)`; 0 for the exact one, NaN for a single probe.
+        stderr: standard error of the divergence estimate in nats, `(batch,)`: `value` +- 2 `stderr` holds the exact
+            divergence in 95 % of cases (for few probes it is widened as Student's t asks). 0 for the exact divergence,
+            NaN for a single probe.
+        error: estimate of the error of the solver in nats, `(batch,)`; usually several times too large. NaN with a
+            solver of the caller's.
         latent: the state at t_max, `(batch, *event)`.
-        nfe: network evaluations for every row.
-        prior_gap: KL divergence of `p(x_T | x_0 = x)` from the SDE's own prior in nats, `(batch,)`; its mean over data
-            bounds what the prior misses of p_T. NaN with a prior of the caller's.
-        accepted, rejected: steps of an adaptive solver, summed over chunks.
-        settings: the solver, divergence, span and seed that gave the number.
+        nfe: network evaluations, the most that any row took.
+        row_nfe: network evaluations of each row, `(batch,)`; None where they are alike.
+        accepted, rejected: steps, `(batch,)`, or summed over the batch if its rows step together.
+        prior_gap: KL divergence of `p(x_T | x_0 = x)` from the prior in nats, `(batch,)`; its mean over data bounds
+            what the prior misses of p_T. NaN with a prior that is not Gaussian.
+        tail_gap: `log p_0 - log p_{t_min}` in nats, `(batch,)`, already in the value unless `tail="none"`; infinite,
+            and not in it, where no smooth density explains the model near the data. NaN for an SDE that is not linear.
+        estimates: one value for each probe, `(probes, batch)`; their mean is `value`. With the same seed and grid, two
+            models share their probes: see `minus`.
+        settings: the method, divergence, span, ends and seed that gave the number.
     """
 
     value: PerRow
     stderr: PerRow
+    error: PerRow
     latent: State
     nfe: int
+    row_nfe: Tensor | None
+    accepted: Tensor | int | None
+    rejected: Tensor | int | None
     prior_gap: PerRow
-    accepted: Tensor | int | None = None
-    rejected: Tensor | int | None = None
+    tail_gap: PerRow
+    estimates: Tensor
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def minus(self, other: LogProb) -> tuple[PerRow, PerRow]:
+        """`value - other.value` and its standard error, `(batch,)` each, from the differences probe by probe.
+
+        Of two models on the same rows, seed, divergence and grid (`steps=`), whose probes are then common, it is much
+        smaller than either standard error.
+
+        Raises:
+            OptionError: the two were not computed with the same seed and divergence.
+        """
+        for name in ("divergence", "seed"):
+            if self.settings[name] != other.settings[name]:
+                raise OptionError(
+                    f"Likelihoods are compared with the same {name}; got {self.settings[name]!r} and "
+                    f"{other.settings[name]!r}. Give both the same seed= and divergence=."
+                )
+        difference = self.estimates - other.estimates
+        return difference.mean(0), _spread_of(difference, self.settings["seed"] is not None)
 
 
 def log_prob(
     model: ScoreModel,
     x: State,
     *,
+    atol_nats: float = 1e-3,
+    max_nfe: int | None = None,
     solver: Solver | None = None,
     steps: int | None = None,
-    times: Tensor | None = None,
+    times: Tensor | Sequence[float] | None = None,
     t_min: float | None = None,
-    divergence: str | Divergence = "exact",
+    divergence: str | Divergence = "auto",
     prior: HasLogProb | None = None,
+    tail: str | None = None,
+    transform: Transform | None = None,
+    differentiable: bool = False,
     seed: int | None = None,
     condition: Any = None,
     batch_size: int | None = None,
 ) -> LogProb:
     """Log-likelihood of data under the model's probability-flow ODE, in nats.
 
+    Where x requires a gradient, that of the value is the model's score of the data (as long as `differentiable` is
+    not set), which costs nothing.
+
     Args:
         model: the score and the SDE.
         x: data `(batch, *event)`, any event shape.
-        solver: a deterministic solver of drift and diffusion (TorchDiffEq, Heun, EulerMaruyama); TorchDiffEq() if
-            None.
-        steps, times, t_min: the grid, as in `encode`.
-        divergence: "exact", or `Hutchinson(probes=...)`.
-        prior: the distribution of the latents, anything with `log_prob(x) -> (batch,)`; the SDE's own if None, which
-            misses what `prior_gap` sizes. For an oracle, `target.marginal(sde, t_max)` is the exact one.
+        atol_nats: error allowed in a step, in nats; the error of a value is about half of it.
+        max_nfe: network calls a row may take; one that needs more is an error.
+        solver: in place of the default method, a deterministic solver of drift and diffusion (AdaptiveRungeKutta,
+            TorchDiffEq, RungeKutta, Heun), which integrates path and divergence together.
+        steps, times: the grid, as in `encode`. Without a solver, rows take these steps, the same for all, in place of
+            steps of their own: every process of a distributed job then makes as many network calls.
+        t_min: where the path begins, in place of the SDE's own `t_min`.
+        divergence: "exact", `Exact(...)`, `Hutchinson(probes, distribution)`, or "auto": exact up to 128 entries, else
+            8 orthogonal probes. What was done is said in `settings`.
+        prior: the distribution of the latents, anything with `log_prob(x) -> (batch,)`; the SDE's own if None, whose
+            likelihood is that of the samples of `sample`. See `matched_prior`.
+        tail: "gaussian" for x that is data, whose density is corrected for the blur of t_min (see `sdediff.density`);
+            "none" for x that is a state at t_min, such as `sample(..., final="none")` gives. None for "gaussian" where
+            the SDE is linear.
+        transform: of data to the space of the model; its log-determinant is added. Any of `torch.distributions`.
+        differentiable: whether gradients flow through the solve, to x, the condition and the network's parameters.
         seed: of the probes; row i depends on it and on i only.
         condition, batch_size: as in `sample`.
 
     Raises:
         CapabilityError: the solver cannot integrate this process, or the SDE has no prior.
+        DivergenceError: a row diverged, or ran out of network calls.
+        OptionError, ShapeError, TimeError: an argument does not fit.
     """
-    solver = TorchDiffEq() if solver is None else solver
-    check_arguments(model, solver)
+    check_arguments(model, AdaptiveRungeKutta() if solver is None else solver)
     check_state(x)
     if x.shape[0] == 0:
         raise ShapeError("log_prob needs at least one row; got x with 0 rows.")
-    if divergence == "exact":
-        divergence = Exact()
-    if not isinstance(divergence, Divergence):
-        raise OptionError(f"Unknown divergence {divergence!r}: write 'exact' or Hutchinson(probes=...).")
-    if not solver.deterministic:
-        solver_hint = "TorchDiffEq(), Heun() or EulerMaruyama(noise_level=0)"
-        raise CapabilityError(f"A likelihood needs the deterministic flow, but {solver} adds noise: use {solver_hint}.")
-    seed = fresh_seed() if seed is None else seed
-    grid = grid_for(model, solver, steps, times, t_min, direction=1)
+    if not atol_nats > 0:
+        raise OptionError(f"atol_nats must be positive; got {atol_nats}.")
+    if max_nfe is not None and max_nfe < 1:
+        raise OptionError(f"max_nfe must be at least 1, or None; got {max_nfe}.")
+    run = _Run(
+        solver=_solver(model, solver, differentiable),
+        divergence=_divergence(divergence, tuple(x.shape[1:])),
+        atol=atol_nats if steps is None and times is None else None,
+        max_nfe=max_nfe,
+        tail=_tail(model, tail),
+        seed=fresh_seed() if seed is None else seed,
+        differentiable=differentiable,
+    )
+    grid = _grid(model, run.solver, steps, times, t_min)
     if prior is None and not starts_at_prior(model, grid[-1]):
         raise TimeError(
             f"times ends at {grid[-1]:g}, but the prior is that of t_max = {model.sde.t_max:g}: end there, or pass "
             "prior=, the distribution of the states at the last time."
         )
-    with torch.inference_mode(False), torch.no_grad(), evaluating(model.network):
-        _check_differentiable(model, x, grid[0], condition)
-        return _integrate(model, x.clone(), solver, grid, divergence, prior, seed, condition, batch_size)
+    y, log_det = _transformed(transform, x)
+    wanted = differentiable and torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(wanted), evaluating(model.network):
+        data = y if wanted else y.detach().clone()
+        _check_differentiable(model, data.detach(), grid[0], condition)
+        result, score = _integrate(run, model, data, grid, prior, condition, batch_size)
+    value = result.value + log_det
+    if score is not None and y.requires_grad and torch.is_grad_enabled() and not wanted:
+        value = value + sum_rows(wide(score * (y - y.detach())))
+    settings = {**result.settings, "transform": None if transform is None else repr(transform)}
+    return LogProb(**{**vars(result), "value": value, "estimates": result.estimates + log_det, "settings": settings})
+
+
+def matched_prior(sde: SDE, data: State, *, covariance: str = "full") -> Gaussian:
+    """`N(alpha m, alpha^2 C + sigma^2 I)` at t_max, with m and C the mean and covariance of data.
+
+    In place of the SDE's own prior it takes off what `prior_gap` sizes, but for third and higher moments. The same
+    for every row: give it training data, not the rows that are scored.
+
+    Args:
+        data: `(batch, *event)`, of the model's space.
+        covariance: "full", or "diagonal" where there are few rows or many entries.
+
+    Raises:
+        OptionError: unknown covariance.
+    """
+    check_state(data, "data")
+    if covariance not in ("full", "diagonal"):
+        raise OptionError(f"Unknown covariance {covariance!r}: write 'full' or 'diagonal'.")
+    if len(data) < 2:
+        raise ShapeError(f"matched_prior needs at least two rows of data; got {len(data)}.")
+    alpha, sigma = sde.linear().scales_at(torch.tensor(sde.t_max, dtype=torch.float64))
+    flat = data.detach().cpu().double().reshape(len(data), -1)
+    mean = (alpha * flat.mean(0)).reshape(data.shape[1:])
+    if covariance == "diagonal":
+        return Gaussian(mean, alpha**2 * flat.var(0) + sigma**2)
+    centred = flat - flat.mean(0)
+    cov = alpha**2 * centred.T @ centred / (len(data) - 1) + sigma**2 * torch.eye(flat.shape[1], dtype=torch.float64)
+    return Gaussian(mean, (cov + cov.T) / 2)
+
+
+class ModelDistribution(Distribution):
+    """A model as a distribution of torch, with `sample` by `sdediff.sample` and `log_prob` by `sdediff.log_prob`."""
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  # torch's own form
+    has_rsample = False
+
+    def __init__(
+        self,
+        model: ScoreModel,
+        event_shape: Sequence[int],
+        *,
+        sample_options: dict[str, Any] | None = None,
+        log_prob_options: dict[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.sample_options, self.log_prob_options = dict(sample_options or {}), dict(log_prob_options or {})
+        super().__init__(torch.Size(), torch.Size(event_shape), validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All real events."""
+        return constraints.independent(constraints.real, len(self.event_shape))  # type: ignore[no-untyped-call]
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Samples `(*sample_shape, *event_shape)`; a seed is drawn from torch's global generator unless one is set."""
+        count = math.prod(sample_shape)
+        drawn = sample(self.model, (count, *self.event_shape), **self.sample_options).x
+        return drawn.reshape(*sample_shape, *self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Nats, `value.shape` without the event."""
+        event = tuple(self.event_shape)
+        if tuple(value.shape[value.ndim - len(event) :]) != event:
+            raise ShapeError(f"value must have shape (..., {', '.join(map(str, event))}); got {tuple(value.shape)}.")
+        batch = value.shape[: value.ndim - len(event)]
+        return log_prob(self.model, value.reshape(-1, *event), **self.log_prob_options).value.reshape(batch)
+
+
+def as_distribution(
+    model: ScoreModel,
+    event_shape: Sequence[int],
+    *,
+    sample_options: dict[str, Any] | None = None,
+    log_prob_options: dict[str, Any] | None = None,
+) -> ModelDistribution:
+    """The model as a `torch.distributions.Distribution` with `sample` and `log_prob`.
+
+    Args:
+        event_shape: shape of one event.
+        sample_options, log_prob_options: passed to `sample` and `log_prob`, for instance `{"steps": 20}` and
+            `{"atol_nats": 0.01}`.
+    """
+    if not isinstance(model, ScoreModel):
+        raise OptionError(f"The first argument must be a ScoreModel; got {type(model).__name__}.")
+    return ModelDistribution(model, event_shape, sample_options=sample_options, log_prob_options=log_prob_options)
+
+
+# What is to be done.
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything about a likelihood but the model and the rows."""
+
+    solver: Solver | None
+    divergence: Divergence
+    atol: float | None
+    max_nfe: int | None
+    tail: str
+    seed: int
+    differentiable: bool
+
+
+def _solver(model: ScoreModel, solver: Solver | None, differentiable: bool) -> Solver | None:
+    if solver is None:
+        return None if model.is_linear else AdaptiveRungeKutta()
+    if not solver.deterministic:
+        hint = "AdaptiveRungeKutta(), TorchDiffEq() or Heun(), or no solver at all"
+        raise CapabilityError(f"A likelihood needs the deterministic flow, but {solver} adds noise: use {hint}.")
+    if differentiable:
+        raise CapabilityError(
+            f"differentiable=True needs the default method; got solver={solver}. Leave solver= away, and give "
+            "atol_nats= or steps= instead."
+        )
+    return solver
+
+
+def _divergence(divergence: str | Divergence, event: tuple[int, ...]) -> Divergence:
+    size = math.prod(event)
+    if divergence == "auto":
+        return automatic(size)
+    if divergence == "exact":
+        return Exact()
+    if not isinstance(divergence, Divergence):
+        raise OptionError(
+            f"Unknown divergence {divergence!r}: write 'auto', 'exact', Exact(...) or Hutchinson(probes=...)."
+        )
+    return divergence.resolve(size)
+
+
+def _tail(model: ScoreModel, tail: str | None) -> str:
+    if tail is None:
+        return "gaussian" if model.is_linear else "none"
+    if tail not in ("gaussian", "none"):
+        raise OptionError(f"Unknown tail {tail!r}: write 'gaussian' or 'none'.")
+    if tail == "gaussian":
+        _ = model.linear  # refuses a model without alpha and sigma
+    return tail
+
+
+def _grid(
+    model: ScoreModel,
+    solver: Solver | None,
+    steps: int | None,
+    times: Tensor | Sequence[float] | None,
+    t_min: float | None,
+) -> Grid:
+    """Rising times: the caller's, the solver's own, or even steps in the variable of the default method."""
+    if solver is not None or times is not None:
+        return grid_for(model, solver or AdaptiveRungeKutta(), steps, times, t_min, direction=1)
+    ends = grid_for(model, AdaptiveRungeKutta(), 1, None, t_min, direction=1)
+    if steps is None:
+        return ends
+    if steps < 1:
+        raise OptionError(f"steps must be at least 1; got {steps}.")
+    split = split_for(model, deviation_of(model))
+    first, last = split.node(Points.at(model.linear, ends))
+    inside = split.log_s(np.linspace(first, last, steps + 1)[1:-1])
+    return torch.cat([ends[:1], model.linear.time(torch.from_numpy(-2 * inside)), ends[1:]])
+
+
+def _transformed(transform: Transform | None, x: State) -> tuple[State, PerRow]:
+    if transform is None:
+        return x, wide(x.new_zeros(len(x)))
+    y = transform(x)
+    check_state(y, "transform(x)")
+    log_det: Tensor = transform.log_abs_det_jacobian(x, y)  # type: ignore[no-untyped-call]
+    return y, wide(log_det).reshape(len(x), -1).sum(1)
 
 
 def _check_differentiable(model: ScoreModel, x: State, t: Tensor, condition: Any) -> None:
@@ -271,6 +394,151 @@ def _check_differentiable(model: ScoreModel, x: State, t: Tensor, condition: Any
         )
 
 
+# How it is done.
+
+
+@dataclass
+class _Part:
+    """The likelihood of some rows."""
+
+    estimates: Tensor
+    """`log p(start) - log p(end)`, `(count, rows)`."""
+    stderr: PerRow
+    error: PerRow
+    latent: State
+    nfe: int
+    row_nfe: Tensor | None
+    tally: Tally
+
+
+def _integrate(
+    run: _Run,
+    model: ScoreModel,
+    x: State,
+    grid: Grid,
+    prior: HasLogProb | None,
+    condition: Any,
+    batch_size: int | None,
+) -> tuple[LogProb, State | None]:
+    event, size = tuple(x.shape[1:]), math.prod(x.shape[1:])
+    terminal: HasLogProb = model.sde.prior(event, dtype=torch.float64) if prior is None else prior
+    alpha = model.linear.alpha(grid[0]) if run.tail == "gaussian" else torch.ones((), dtype=torch.float64)
+    parts, blurs, ends = [], [], []
+    for rows in chunks_of(x.shape[0], batch_size):
+        bound, counter = bound_rows(model, condition, rows, x.shape[0])
+        start = over(alpha, x) * x[rows]
+        try:
+            part, blur = _solve(run, bound, counter, start, grid, rows.start)
+            _check_reached(part.tally, grid)
+        except DivergenceError as error:
+            raise error.shifted(rows.start) from error
+        parts.append(part)
+        blurs.append(blur)
+        ends.append(_at_end(terminal, part.latent))
+    joined = torch.cat([part.estimates for part in parts], dim=1) + torch.cat(ends)
+    gap = torch.cat([blur.gap for blur in blurs])
+    if run.tail == "gaussian":
+        joined = joined + torch.where(gap.isfinite(), gap, 0.0) + size * alpha.log().to(gap)
+    tally = merged([part.tally for part in parts])
+    row_nfe = None if parts[0].row_nfe is None else torch.cat([p.row_nfe for p in parts if p.row_nfe is not None])
+    result = LogProb(
+        value=joined.mean(0),
+        stderr=torch.cat([part.stderr for part in parts]),
+        error=torch.cat([part.error for part in parts]),
+        latent=torch.cat([part.latent for part in parts]),
+        nfe=max(part.nfe for part in parts),
+        row_nfe=row_nfe,
+        accepted=tally.accepted,
+        rejected=tally.rejected,
+        prior_gap=_prior_gap(model, terminal, x.detach()),
+        tail_gap=gap,
+        estimates=joined,
+        settings=_settings(run, grid, prior, size),
+    )
+    return result, torch.cat([over(alpha, b.score) * b.score for b in blurs]) if model.is_linear else None
+
+
+def _settings(run: _Run, grid: Grid, prior: HasLogProb | None, size: int) -> dict[str, Any]:
+    if run.solver is not None:
+        method = f"{run.solver!r}, path and divergence together"
+    elif run.atol is not None:
+        method = f"exponential Adams, steps for every row, atol_nats={run.atol:g}"
+    else:
+        method = f"exponential Adams, {len(grid) - 1} steps"
+    return {
+        "method": method,
+        "divergence": f"{run.divergence!r} of {size} entries",
+        "t_min": grid[0].item(),
+        "t_max": grid[-1].item(),
+        "tail": run.tail,
+        "prior": "the SDE's own" if prior is None else type(prior).__name__,
+        "seed": run.seed if run.divergence.random else None,
+    }
+
+
+def _solve(run: _Run, model: ScoreModel, counter: Any, x: State, grid: Grid, first_row: int) -> tuple[_Part, Blur]:
+    """The likelihood of some rows up to the density of the latents, and what t_min takes off it."""
+    if run.solver is not None:
+        return _together(run, run.solver, model, counter, x, grid, first_row)
+    rows = DensityRows(
+        model, x, grid, run.divergence, seed=run.seed, first_row=first_row, atol=run.atol, max_nfe=run.max_nfe
+    )
+    for target in range(1, len(grid)):
+        rows.run(target)
+        if run.atol is None:
+            finite_or_raise(rows.x, "The state", step=target - 1, time=grid[target].item())
+    tally = Tally(rows.accepted, rows.rejected, rows.nfe, rows.t)
+    stderr = _widened(*rows.uncertainty) if run.divergence.random else torch.zeros_like(rows.variance)
+    part = _Part(rows.change, stderr, rows.error_estimate, rows.x, int(rows.nfe.max()), rows.nfe, tally)
+    return part, rows.blur()
+
+
+def _together(
+    run: _Run, solver: Solver, model: ScoreModel, counter: Any, x: State, grid: Grid, first_row: int
+) -> tuple[_Part, Blur]:
+    size, divergence = x[:1].numel(), run.divergence
+    rows = np.arange(len(x))
+    if model.is_linear:
+        blur = DensityRows(model, x, grid, divergence, seed=run.seed, first_row=first_row, atol=None).blur()
+    else:
+        blur = Blur(torch.full_like(wide(x).reshape(len(x), -1)[:, 0], math.nan), torch.zeros_like(x))
+    vectors = divergence.draw(x, run.seed, first_row + rows, np.zeros_like(rows))
+    process = _WithLogDensity(model, divergence, vectors, tuple(x.shape[1:]))
+    state = torch.cat([_flat(x), x.new_zeros(len(x), divergence.count)], dim=1)
+    silent, tally = RowNoise(0).open, Tally()
+    *_, end = solver.solve(process, state, grid, silent(), tally)
+    nfe = counter.calls
+    explain(solver, process, state, end, grid, silent)
+    estimates = wide(end[:, size:]).T
+    stderr = _spread_of(estimates, divergence.random)
+    latent = end[:, :size].reshape(x.shape)
+    return _Part(estimates, stderr, torch.full_like(stderr, math.nan), latent, nfe, tally.nfe, tally), blur
+
+
+def _at_end(prior: HasLogProb, latent: State) -> PerRow:
+    """The log-density of latents; in float64 for distributions that are made for it."""
+    exact = isinstance(prior, GaussianMixture | Distribution)
+    return wide(prior.log_prob(wide(latent).cpu() if exact else latent.cpu())).to(latent.device)
+
+
+def _spread_of(estimates: Tensor, random: bool) -> PerRow:
+    """Standard error of the mean of independent estimates `(count, batch)`."""
+    if not random:
+        return torch.zeros_like(estimates[0])
+    count = len(estimates)
+    if count == 1:
+        return torch.full_like(estimates[0], math.nan)
+    variance = estimates.detach().var(0) / count
+    return _widened(variance, torch.full_like(variance, count - 1))
+
+
+def _widened(variance: PerRow, freedom: PerRow) -> PerRow:
+    """Half of half the width of a 95 % interval: the root of the variance, but for few degrees of freedom."""
+    known = np.nan_to_num(freedom.detach().cpu().double().numpy(), nan=1e9, posinf=1e9)
+    factor = stdtrit(np.clip(known, 1.0, 1e9), 0.975) / 2
+    return variance.detach().sqrt() * torch.from_numpy(factor).to(variance)
+
+
 def _check_reached(tally: Tally, grid: Grid) -> None:
     """Refuse rows that a budget stopped short of the noise end: their integral is not a likelihood."""
     if tally.reached is None or bool((tally.reached == grid[-1]).all()):
@@ -278,72 +546,69 @@ def _check_reached(tally: Tally, grid: Grid) -> None:
     rows = (tally.reached != grid[-1]).nonzero()[:, 0].tolist()
     raise DivergenceError(
         f"{len(rows)} row(s) ran out of network calls before t = {grid[-1]:g}",
-        "Raise max_nfe, or loosen rtol and atol.",
+        "Raise max_nfe, or loosen the tolerance.",
         step=None,
         time=tally.reached[rows[0]].item(),
         rows=rows,
     )
 
 
-def _integrate(
-    model: ScoreModel,
-    x: State,
-    solver: Solver,
-    grid: Grid,
-    divergence: Divergence,
-    prior: HasLogProb | None,
-    seed: int,
-    condition: Any,
-    batch_size: int | None,
-) -> LogProb:
-    event = tuple(x.shape[1:])
-    size = math.prod(event)
-    terminal: HasLogProb = model.sde.prior(event, dtype=x.dtype) if prior is None else prior
-    values, errors, latents, tallies, nfe = [], [], [], [], 0
-    for rows in chunks_of(x.shape[0], batch_size):
-        bound, counter = bound_rows(model, condition, rows, x.shape[0])
-        part = x[rows]
-        process = _WithLogDensity(bound, divergence, divergence.draw(part, seed, rows.start), event)
-        start = torch.cat([_flat(part), part.new_zeros(len(part), divergence.columns(part))], dim=1)
-        silent, tally = RowNoise(0).open, Tally()
-        try:
-            *_, state = solver.solve(process, start, grid, silent(), tally)
-            nfe = max(nfe, counter.calls)
-            explain(solver, process, start, state, grid, silent)
-            _check_reached(tally, grid)
-        except DivergenceError as error:
-            raise error.shifted(rows.start) from error
-        latent, integrals = state[:, :size].reshape(part.shape), state[:, size:]
-        values.append(terminal.log_prob(latent.cpu()).to(latent) + integrals.mean(1))
-        errors.append(_standard_error(integrals, divergence))
-        latents.append(latent)
-        tallies.append(tally)
-    tally = merged(tallies)
-    return LogProb(
-        value=torch.cat(values),
-        stderr=torch.cat(errors),
-        latent=torch.cat(latents),
-        nfe=nfe,
-        prior_gap=_prior_gap(model, x) if prior is None else torch.full_like(torch.cat(values), float("nan")),
-        accepted=tally.accepted,
-        rejected=tally.rejected,
-        settings={
-            "solver": repr(solver),
-            "divergence": repr(divergence),
-            "t_min": grid[0].item(),
-            "t_max": grid[-1].item(),
-            "seed": None if isinstance(divergence, Exact) else seed,
-        },
-    )
+def _prior_gap(model: ScoreModel, prior: HasLogProb, x: State) -> PerRow:
+    """KL divergence of `N(alpha_T x, sigma_T^2 I)` from the prior: its cross-entropy minus the entropy."""
+    x = wide(x).cpu()
+    unknown = torch.full((len(x),), math.nan, dtype=x.dtype)
+    if not model.is_linear or not isinstance(prior, Gaussian | Distribution):
+        return unknown
+    alpha, sigma = model.linear.scales_at(torch.tensor(model.sde.t_max, dtype=torch.float64))
+    if isinstance(prior, Gaussian):
+        precision = (1 / prior.variances).sum()
+    elif isinstance(getattr(prior, "base_dist", None), torch.distributions.Normal):
+        precision = (1 / prior.variance).sum()
+    else:
+        return unknown
+    size = x[:1].numel()
+    at_mean = prior.log_prob(alpha.to(x) * x)
+    return sigma**2 * precision / 2 - at_mean - size / 2 * (1 + math.log(2 * math.pi * sigma.item() ** 2))
 
 
-def _standard_error(integrals: Tensor, divergence: Divergence) -> PerRow:
-    if isinstance(divergence, Exact):
-        return torch.zeros_like(integrals[:, 0])
-    if integrals.shape[1] == 1:
-        return torch.full_like(integrals[:, 0], float("nan"))
-    return integrals.std(1) / math.sqrt(integrals.shape[1])
+# Path and divergence as one process.
 
 
-def _prior_gap(model: ScoreModel, x: State) -> PerRow:
-    return sum_rows(x**2) * (model.linear.log_snr(model.sde.t_max).exp() / 2).to(x)
+def _flat(x: State) -> State:
+    return x.reshape(x.shape[0], -1)
+
+
+class _WithLogDensity(SDE):
+    """The probability-flow ODE with the integrals of its divergence as extra entries of every row."""
+
+    def __init__(self, model: ScoreModel, divergence: Divergence, vectors: Tensor, event: tuple[int, ...]) -> None:
+        self.model = model
+        self.divergence = divergence
+        self.vectors = vectors
+        self.event = event
+        self.t_min, self.t_max = model.sde.t_min, model.sde.t_max
+
+    @property
+    def noisy(self) -> bool:
+        return False
+
+    def rows(self, index: Tensor, batch: int) -> _WithLogDensity:
+        vectors = self.vectors[:, index.to(self.vectors.device)] if self.divergence.random else self.vectors
+        return _WithLogDensity(self.model.rows(index, batch), self.divergence, vectors[:, : len(index)], self.event)
+
+    def coefficients(self, t: Tensor, y: State) -> tuple[State, float]:
+        return self.drift(t, y), 0.0
+
+    def drift(self, t: Tensor, y: State) -> State:
+        size = math.prod(self.event)
+
+        def field(x: State) -> tuple[State, Tensor]:
+            return self.model.velocity(t, x), x
+
+        with torch.no_grad():
+            expansion = self.divergence.expand(field, y[:, :size].reshape(-1, *self.event))
+            estimates = self.divergence.estimate(expansion, self.vectors)
+        return torch.cat([_flat(expansion.value), estimates.T], dim=1)
+
+    def diffusion(self, t: Tensor, y: State) -> float:
+        return 0.0

@@ -1,0 +1,277 @@
+r"""Log-densities along the probability-flow ODE, one network call a step.
+
+In the frame `w = x / k`, `k = sqrt(c^2 alpha^2 + sigma^2)`, with the angle `theta = atan2(sigma, c alpha)` as time, the
+flow is `dw / dtheta = -Q` (see `sdediff.exponential`) and its density obeys `d log p_w(w(theta)) / dtheta = div_w Q`,
+`div_w Q = k tr(dQ / dx)`. Q vanishes for Gaussian data of deviation c, and is bounded at both ends. Between two times,
+
+    log p(x_1) - log p(x_2) = D log(k_2 / k_1) - int_theta_1^theta_2 div_w Q dtheta.
+
+The path is that of `sdediff.adams`. The divergence is taken at the nodes of the path, from the network calls that made
+it, and integrated by the weights of the corrector. The path does not depend on the probes, so every node has probes of
+its own, and what is wrong at one node is averaged with the others: with node weights `omega_n` and k probes whose forms
+have the sample variance `s_n^2` at node n, the variance of the integral is `sum_n omega_n^2 s_n^2 / k` (times
+`1 - k / m` for orthogonal probes).
+
+A step is wrong by `e . score` nats, where e is the error of the state: an error moves the end of the path to a point
+whose density is known by the score, which comes from the same call. The error of a step is therefore
+
+    max(|(predicted - corrected) . score|, 0.3 |int by the corrector - int by the predictor|) / atol,
+
+the second part for exact divergences only. Both estimates belong to the predictor, and flatter the corrector less than
+they could.
+
+Data stands at t = 0, the path begins at t_min. With `s = sigma / alpha` there, y = x / alpha, g the score of y and
+`K = alpha dE[x_0 | x] / dx` the Jacobian of the denoiser (s^2 K is the covariance of `x_0` given y),
+
+    log p_0(y) = log p_y(y) - s^2 g^T K^-1 g / 2 - log det K / 2,    score of p_0: K^-1 g,
+
+if p_0 is Gaussian within a few s of y, whatever its covariance; in general to first order in s^2, where it is
+`-s^2 (|g|^2 + div g) / 2`, the heat equation. With probes, K is taken for a multiple of the identity.
+
+References: Chen et al. 2018 (arXiv:1806.07366); Song et al. 2021 (arXiv:2011.13456), appendix D.2; Efron 2011 and
+Meng et al. 2021 (arXiv:2111.04726) for K.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdediff.adams import QUADRATURE, AdamsRows, Mask, Pair, Rows
+from sdediff.divergence import Divergence, Exact, Expansion
+from sdediff.exponential import Array, deviation_of, split_for
+from sdediff.model import ScoreModel
+from sdediff.shapes import Grid, PerRow, State, over, sum_rows
+
+_ENTRIES_OF_JACOBIANS = 1 << 25
+
+
+@dataclass(frozen=True, eq=False)
+class Blur:
+    """What lies between data and the states at t_min.
+
+    Attributes:
+        gap: `log p_0(x / alpha) - log p_y(x / alpha)` in nats, `(batch,)`; infinite where K is not positive definite.
+        score: of p_0, `(batch, *event)`.
+    """
+
+    gap: PerRow
+    score: State
+
+
+class DensityRows(AdamsRows):
+    """Rows that carry the integral of their divergence along.
+
+    Args:
+        divergence: how it is taken (resolved: exact where there are as many probes as entries).
+        seed: of the probes.
+        first_row: the number of the first row, for the probes.
+        atol: nats allowed in a step; None for the steps of `times`.
+    """
+
+    def __init__(
+        self,
+        model: ScoreModel,
+        x: State,
+        times: Grid,
+        divergence: Divergence,
+        *,
+        seed: int,
+        first_row: int,
+        atol: float | None,
+        max_nfe: int | None = None,
+    ) -> None:
+        splitting = split_for(model, deviation_of(model), QUADRATURE)
+        order = 4 if atol is None else 5
+        super().__init__(model, x, times, splitting, max_order=order, max_nfe=max_nfe, adaptive=atol is not None)
+        self.divergence, self.seed, self.first_row, self.atol = divergence, seed, first_row, atol or 1.0
+        self.size = x[:1].numel()
+        batch, count, like = len(x), divergence.count, wide(x[:1])
+        self.forms = like.new_zeros(order, count, batch)
+        self.spread, self.taken = like.new_zeros(order, batch), like.new_zeros(order, batch)
+        self.integrals = like.new_zeros(count, batch)
+        self.variance, self.fourth, self.estimated = (like.new_zeros(batch) for _ in range(3))
+        self.place = np.zeros(batch, dtype=np.int64)
+        self._begin()
+
+    # What comes out.
+
+    @property
+    def change(self) -> Tensor:
+        """Estimates of `log p(start) - log p(here)` in nats, `(count, batch)`; their mean is the best."""
+        ends = self.splitting.sigma_data, self.sde.scales_at(self.times[:1]), self.sde.scales_at(self.t)
+        c, (alpha, sigma), (alpha_t, sigma_t) = ends
+        grown = torch.hypot(c * alpha_t, sigma_t).log() - torch.hypot(c * alpha, sigma).log()
+        return self.integrals + self.size * grown.to(self.integrals)
+
+    @property
+    def uncertainty(self) -> tuple[PerRow, PerRow]:
+        """Variance of the mean of `change` over the probes, and its degrees of freedom (Satterthwaite)."""
+        last = self.taken**2 * self.spread
+        variance = self.variance + last.sum(0)
+        fourth = self.fourth + (last**2).sum(0)
+        return variance, (self.divergence.count - 1) * variance**2 / fourth
+
+    @property
+    def error_estimate(self) -> PerRow:
+        """Root of the summed squares of the errors of the steps in nats, those of the predictor; `(batch,)`."""
+        return self.estimated.sqrt()
+
+    # How it comes about.
+
+    def evaluate(self, model: ScoreModel, rows: Rows, t: Tensor, x: State) -> State:
+        expansion = self._expand(model, t, x)
+        vectors = self.divergence.draw(x, self.seed, self.first_row + rows, self.place[rows])
+        self.score, self.new_forms = expansion.extra, self._forms(t, self.divergence.estimate(expansion, vectors))
+        return expansion.value
+
+    def errors(self, pair: Pair) -> tuple[Array, Array]:
+        changes = self._changes(pair)
+        missed, missed_below = (self._missed(pair, x) for x in (pair.predicted, pair.below))
+        if not self.divergence.random:
+            integral, predicted, below = changes
+            missed = np.maximum(missed, 0.3 * _numbers(integral - predicted))
+            missed_below = np.maximum(missed_below, 0.3 * _numbers(integral - below))
+        return missed / self.atol, missed_below / self.atol
+
+    def keep(self, pair: Pair, error: Array, good: Mask) -> None:
+        moved = torch.from_numpy(good)
+        kept = pair.index[moved]
+        weights = self._weight(pair, pair.corrected)[moved].T
+        forms = torch.cat([self.new_forms[None], self.forms[:, :, pair.index]])[:, :, moved]
+        self.integrals[:, kept] = self.integrals[:, kept] + (weights[:, None] * forms).sum(0)
+        self.estimated[kept] = self.estimated[kept] + (self.atol * torch.from_numpy(error[good]).to(forms)) ** 2
+        self.place[pair.rows[good]] += 1
+
+        taken = torch.cat([torch.zeros_like(weights[:1]), self.taken[:, kept]]) + weights
+        done = taken[-1] ** 2 * self.spread[-1, kept]
+        self.variance[kept] = self.variance[kept] + done
+        self.fourth[kept] = self.fourth[kept] + done**2
+        self.taken[:, kept] = taken[:-1]
+        self.spread[1:, kept] = self.spread[:-1, kept]
+        self.spread[0, kept] = self._spread(forms[0])
+        self.forms[1:, :, kept] = self.forms[:-1, :, kept]
+        self.forms[0, :, kept] = forms[0]
+
+    def blur(self) -> Blur:
+        """Of the states at the first time, which must be the one nearest to data."""
+        return self._blur
+
+    def _begin(self) -> None:
+        """The first evaluation, of a few rows at a time where whole Jacobians are wanted."""
+        exact = isinstance(self.divergence, Exact)
+        fitting = max(1, _ENTRIES_OF_JACOBIANS // self.size**2) if exact else len(self.x)
+        values, forms, gaps, scores = [], [], [], []
+        for rows in np.array_split(np.arange(len(self.x)), -(-len(self.x) // fitting)):
+            index = torch.from_numpy(rows)
+            x, t = self.x[index], self.t[index]
+            expansion = self._expand(self.model.rows(index, len(self.x)), t, x)
+            vectors = self.divergence.draw(x, self.seed, self.first_row + rows, self.place[rows])
+            if isinstance(self.divergence, Exact):
+                jacobian = _jacobian(expansion, self.divergence.chunks(vectors))
+                estimates = jacobian.diagonal(dim1=1, dim2=2).sum(1)[None]
+                blur = self._deblurred(t, expansion.extra, jacobian)
+            else:
+                estimates = self.divergence.estimate(expansion, vectors)
+                blur = self._deblurred_by_probes(t, expansion.extra, estimates)
+            values.append(expansion.value)
+            forms.append(self._forms(t, estimates))
+            gaps.append(blur.gap)
+            scores.append(blur.score)
+        self.values[0], self.forms[0] = torch.cat(values), torch.cat(forms, dim=1)
+        self.spread[0] = self._spread(self.forms[0])
+        self.place += 1
+        self._blur = Blur(torch.cat(gaps), torch.cat(scores))
+
+    def _expand(self, model: ScoreModel, t: Tensor, x: State) -> Expansion:
+        at = model.point(t)
+        of_q = model.weights_at(at, *self.splitting.value(at.alpha, at.sigma))
+        of_score = model.weights_at(at, torch.zeros_like(at.alpha), -1 / at.sigma)
+
+        def field(x: State) -> tuple[State, Tensor]:
+            output = model.predict(t, x)
+            q, score = (over(from_x, x) * x + over(from_output, x) * output for from_x, from_output in (of_q, of_score))
+            return q, score
+
+        return self.divergence.expand(field, x)
+
+    def _forms(self, t: Tensor, estimates: Tensor) -> Tensor:
+        """Estimates of `k tr(dQ / dx)`, `(count, rows)`."""
+        alpha, sigma = self.sde.scales_at(t)
+        wider = wide(estimates)
+        return torch.hypot(self.splitting.sigma_data * alpha, sigma).to(wider) * wider
+
+    def _weight(self, pair: Pair, weights: Array) -> Tensor:
+        """Weights of the values of Q in the state, as those of the forms in the integral, `(rows, values)`."""
+        k = np.hypot(self.splitting.sigma_data * pair.end.alpha, pair.end.sigma)
+        return torch.from_numpy(weights / k[:, None]).to(self.integrals)
+
+    def _changes(self, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+        """The integral over the step by the corrector and by predictors of order k and k - 1, `(rows,)` each."""
+        old = self.forms[:, :, pair.index].mean(1).T
+        both = torch.cat([self.new_forms.mean(0)[:, None], old], dim=1)
+        corrected, predicted, below = (self._weight(pair, w) for w in (pair.corrected, pair.weights, pair.fewer))
+        return (corrected * both).sum(1), (predicted * old).sum(1), (below * old).sum(1)
+
+    def _missed(self, pair: Pair, predicted: State) -> Array:
+        return _numbers(sum_rows(wide((predicted - pair.new) * self.score)))
+
+    def _spread(self, forms: Tensor) -> PerRow:
+        """Variance of the mean of the forms at one node."""
+        count = self.divergence.count
+        if not self.divergence.random:
+            return torch.zeros_like(forms[0])
+        variance = forms.detach().var(0) if count > 1 else torch.full_like(forms[0], math.nan)
+        return variance / count * self.divergence.part_of_variance(self.size)
+
+    # The end at the data: K = (alpha^2 c^2 I + alpha sigma c k dQ / dx) / k^2.
+
+    def _jacobian_of_denoiser(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        alpha, sigma = self.sde.scales_at(t)
+        c = self.splitting.sigma_data
+        k = torch.hypot(c * alpha, sigma)
+        return alpha, sigma, torch.stack([(c * alpha / k) ** 2, c * alpha * sigma / k])
+
+    def _deblurred(self, t: Tensor, score: State, jacobian: Tensor) -> Blur:
+        alpha, sigma, (own, times) = self._jacobian_of_denoiser(t)
+        g = wide(over(alpha, score) * score).reshape(len(score), -1, 1)
+        K = wide(jacobian + jacobian.mT) / 2 * times.to(g)[:, None, None]
+        K = K + torch.diag_embed(own.to(g)[:, None].expand(g.shape[:2]))
+        root, failed = torch.linalg.cholesky_ex(K)
+        fine = failed == 0
+        root = torch.where(fine[:, None, None], root, torch.eye(self.size).to(root))
+        solved = torch.cholesky_solve(g, root)
+        half_log_det = root.diagonal(dim1=1, dim2=2).log().sum(1)
+        gap = -((sigma / alpha).to(g) ** 2) / 2 * (g * solved).sum((1, 2)) - half_log_det
+        direction = torch.where(fine[:, None, None], solved, g).reshape(score.shape).to(score)
+        return Blur(torch.where(fine, gap, math.inf), direction)
+
+    def _deblurred_by_probes(self, t: Tensor, score: State, estimates: Tensor) -> Blur:
+        alpha, sigma, (own, times) = self._jacobian_of_denoiser(t)
+        g = wide(over(alpha, score) * score)
+        mean = own.to(g) + times.to(g) * wide(estimates).mean(0) / self.size
+        fine = mean > 0
+        kappa = torch.where(fine, mean, 1.0)
+        gap = -((sigma / alpha).to(g) ** 2) / 2 * sum_rows(g**2) / kappa - self.size / 2 * kappa.log()
+        return Blur(torch.where(fine, gap, math.inf), (g / over(kappa, g)).to(score))
+
+
+def _jacobian(expansion: Expansion, chunks: Sequence[Tensor]) -> Tensor:
+    """`(rows, size, size)`."""
+    return torch.cat([expansion.products(part).reshape(*part.shape[:2], -1) for part in chunks]).transpose(0, 1)
+
+
+def _numbers(x: Tensor) -> Array:
+    """Absolute values, NaN counted as infinite."""
+    found: Array = np.nan_to_num(x.detach().abs().cpu().double().numpy(), nan=np.inf, posinf=np.inf)
+    return found
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
