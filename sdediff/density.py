@@ -40,6 +40,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from sdediff.adams import QUADRATURE, AdamsRows, Mask, Pair, Rows
@@ -97,7 +98,7 @@ class DensityRows(AdamsRows):
         self.integrals = like.new_zeros(count, batch)
         self.variance, self.fourth, self.estimated = (like.new_zeros(batch) for _ in range(3))
         self.place = np.zeros(batch, dtype=np.int64)
-        self._begin()
+        self.begin()
 
     # What comes out.
 
@@ -110,12 +111,14 @@ class DensityRows(AdamsRows):
         return self.integrals + self.size * grown.to(self.integrals)
 
     @property
-    def uncertainty(self) -> tuple[PerRow, PerRow]:
-        """Variance of the mean of `change` over the probes, and its degrees of freedom (Satterthwaite)."""
+    def stderr(self) -> PerRow:
+        """Standard error of the mean of `change` over the probes, with Satterthwaite's degrees of freedom."""
+        if not self.divergence.random:
+            return torch.zeros_like(self.variance)
         last = self.taken**2 * self.spread
         variance = self.variance + last.sum(0)
         fourth = self.fourth + (last**2).sum(0)
-        return variance, (self.divergence.count - 1) * variance**2 / fourth
+        return _widened(variance, (self.divergence.count - 1) * variance**2 / fourth)
 
     @property
     def error_estimate(self) -> PerRow:
@@ -158,35 +161,14 @@ class DensityRows(AdamsRows):
         self.forms[1:, :, kept] = self.forms[:-1, :, kept]
         self.forms[0, :, kept] = forms[0]
 
-    def blur(self) -> Blur:
-        """Of the states at the first time, which must be the one nearest to data."""
-        return self._blur
+    def begin(self) -> None:
+        """The evaluation at the first time."""
+        self._remember(self.evaluate(self.model, np.arange(len(self.x)), self.t, self.x), self.new_forms)
 
-    def _begin(self) -> None:
-        """The first evaluation, of a few rows at a time where whole Jacobians are wanted."""
-        exact = isinstance(self.divergence, Exact)
-        fitting = max(1, _ENTRIES_OF_JACOBIANS // self.size**2) if exact else len(self.x)
-        values, forms, gaps, scores = [], [], [], []
-        for rows in np.array_split(np.arange(len(self.x)), -(-len(self.x) // fitting)):
-            index = torch.from_numpy(rows)
-            x, t = self.x[index], self.t[index]
-            expansion = self._expand(self.model.rows(index, len(self.x)), t, x)
-            vectors = self.divergence.draw(x, self.seed, self.first_row + rows, self.place[rows])
-            if isinstance(self.divergence, Exact):
-                jacobian = _jacobian(expansion, self.divergence.chunks(vectors))
-                estimates = jacobian.diagonal(dim1=1, dim2=2).sum(1)[None]
-                blur = self._deblurred(t, expansion.extra, jacobian)
-            else:
-                estimates = self.divergence.estimate(expansion, vectors)
-                blur = self._deblurred_by_probes(t, expansion.extra, estimates)
-            values.append(expansion.value)
-            forms.append(self._forms(t, estimates))
-            gaps.append(blur.gap)
-            scores.append(blur.score)
-        self.values[0], self.forms[0] = torch.cat(values), torch.cat(forms, dim=1)
-        self.spread[0] = self._spread(self.forms[0])
+    def _remember(self, values: State, forms: Tensor) -> None:
+        self.values[0], self.forms[0] = values, forms
+        self.spread[0] = self._spread(forms)
         self.place += 1
-        self._blur = Blur(torch.cat(gaps), torch.cat(scores))
 
     def _expand(self, model: ScoreModel, t: Tensor, x: State) -> Expansion:
         at = model.point(t)
@@ -229,9 +211,42 @@ class DensityRows(AdamsRows):
         variance = forms.detach().var(0) if count > 1 else torch.full_like(forms[0], math.nan)
         return variance / count * self.divergence.part_of_variance(self.size)
 
-    # The end at the data: K = (alpha^2 c^2 I + alpha sigma c k dQ / dx) / k^2.
+
+class FromData(DensityRows):
+    """Rows that begin at data.
+
+    Attributes:
+        blur: what lies between data and the states at t_min.
+    """
+
+    blur: Blur
+
+    def begin(self) -> None:
+        """The evaluation at t_min, of a few rows at a time where whole Jacobians are wanted."""
+        exact = isinstance(self.divergence, Exact)
+        fitting = max(1, _ENTRIES_OF_JACOBIANS // self.size**2) if exact else len(self.x)
+        values, forms, gaps, scores = [], [], [], []
+        for rows in np.array_split(np.arange(len(self.x)), -(-len(self.x) // fitting)):
+            index = torch.from_numpy(rows)
+            x, t = self.x[index], self.t[index]
+            expansion = self._expand(self.model.rows(index, len(self.x)), t, x)
+            vectors = self.divergence.draw(x, self.seed, self.first_row + rows, self.place[rows])
+            if exact:
+                jacobian = _jacobian(expansion, self.divergence.chunks(vectors))
+                estimates = jacobian.diagonal(dim1=1, dim2=2).sum(1)[None]
+                blur = self._deblurred(t, expansion.extra, jacobian)
+            else:
+                estimates = self.divergence.estimate(expansion, vectors)
+                blur = self._deblurred_by_probes(t, expansion.extra, estimates)
+            values.append(expansion.value)
+            forms.append(self._forms(t, estimates))
+            gaps.append(blur.gap)
+            scores.append(blur.score)
+        self._remember(torch.cat(values), torch.cat(forms, dim=1))
+        self.blur = Blur(torch.cat(gaps), torch.cat(scores))
 
     def _jacobian_of_denoiser(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha, sigma, and (a, b) of `K = a I + b dQ / dx`."""
         alpha, sigma = self.sde.scales_at(t)
         c = self.splitting.sigma_data
         k = torch.hypot(c * alpha, sigma)
@@ -275,3 +290,21 @@ def _numbers(x: Tensor) -> Array:
 def wide(x: Tensor) -> Tensor:
     """In float64, where the device has it."""
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def standard_error_of(estimates: Tensor, random: bool) -> PerRow:
+    """Standard error of the mean of independent estimates `(count, batch)`."""
+    if not random:
+        return torch.zeros_like(estimates[0])
+    count = len(estimates)
+    if count == 1:
+        return torch.full_like(estimates[0], math.nan)
+    variance = estimates.detach().var(0) / count
+    return _widened(variance, torch.full_like(variance, count - 1))
+
+
+def _widened(variance: PerRow, freedom: PerRow) -> PerRow:
+    """Half of half the width of a 95 % interval: the root of the variance, but for few degrees of freedom."""
+    known = np.nan_to_num(freedom.detach().cpu().double().numpy(), nan=1e9, posinf=1e9)
+    factor = stdtrit(np.clip(known, 1.0, 1e9), 0.975) / 2
+    return variance.detach().sqrt() * torch.from_numpy(factor).to(variance)

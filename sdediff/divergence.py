@@ -43,6 +43,7 @@ Field: TypeAlias = Callable[[State], tuple[State, Tensor]]
 """`x -> (value, extra)`: the field, and whatever else its evaluation gives."""
 
 _MODES = ("reverse", "forward")
+_EXACT_UP_TO = 128
 _ENTRIES_AT_A_TIME = {True: 1 << 14, False: 1 << 22}
 """Of vectors on a CPU (more fall out of its caches), and elsewhere."""
 
@@ -201,9 +202,21 @@ class Hutchinson(Divergence):
         return f"Hutchinson({self.probes}, {self.distribution!r})"
 
 
-def automatic(size: int) -> Divergence:
-    """The exact trace of up to 128 entries, else 8 orthogonal probes."""
-    return Exact() if size <= 128 else Hutchinson(8, "orthogonal")
+def divergence_for(divergence: str | Divergence, size: int) -> Divergence:
+    """What is done for events of so many entries: "auto" takes the exact trace up to 128, else 8 orthogonal probes.
+
+    Raises:
+        OptionError: it is neither a `Divergence` nor "auto" nor "exact".
+    """
+    if isinstance(divergence, Divergence):
+        return divergence.resolve(size)
+    if divergence == "exact" or (divergence == "auto" and size <= _EXACT_UP_TO):
+        return Exact()
+    if divergence == "auto":
+        return Hutchinson(8, "orthogonal")
+    raise OptionError(
+        f"Unknown divergence {divergence!r}: write 'auto', 'exact', Exact(...) or Hutchinson(probes=...)."
+    )
 
 
 # Vectors (k, rows, size).

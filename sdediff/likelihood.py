@@ -33,22 +33,21 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
 
-from sdediff.density import Blur, DensityRows, wide
-from sdediff.divergence import Divergence, Exact, automatic
+from sdediff.density import Blur, FromData, standard_error_of, wide
+from sdediff.divergence import Divergence, divergence_for
 from sdediff.embedded import AdaptiveRungeKutta
 from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
 from sdediff.exact import Gaussian, GaussianMixture
-from sdediff.exponential import Points, deviation_of, split_for
 from sdediff.model import ScoreModel
 from sdediff.noise import RowNoise
 from sdediff.sampling import (
     bound_rows,
     check_arguments,
     chunks_of,
+    density_grid,
     evaluating,
     explain,
     grid_for,
@@ -120,7 +119,7 @@ class LogProb:
                     f"{other.settings[name]!r}. Give both the same seed= and divergence=."
                 )
         difference = self.estimates - other.estimates
-        return difference.mean(0), _spread_of(difference, self.settings["seed"] is not None)
+        return difference.mean(0), standard_error_of(difference, self.settings["seed"] is not None)
 
 
 def log_prob(
@@ -184,14 +183,18 @@ def log_prob(
         raise OptionError(f"max_nfe must be at least 1, or None; got {max_nfe}.")
     run = _Run(
         solver=_solver(model, solver, differentiable),
-        divergence=_divergence(divergence, tuple(x.shape[1:])),
+        divergence=divergence_for(divergence, math.prod(x.shape[1:])),
         atol=atol_nats if steps is None and times is None else None,
         max_nfe=max_nfe,
         tail=_tail(model, tail),
         seed=fresh_seed() if seed is None else seed,
         differentiable=differentiable,
     )
-    grid = _grid(model, run.solver, steps, times, t_min)
+    grid = (
+        grid_for(model, run.solver, steps, times, t_min, direction=1)
+        if run.solver is not None
+        else density_grid(model, steps, times, t_min, direction=1)
+    )
     if prior is None and not starts_at_prior(model, grid[-1]):
         raise TimeError(
             f"times ends at {grid[-1]:g}, but the prior is that of t_max = {model.sde.t_max:g}: end there, or pass "
@@ -325,19 +328,6 @@ def _solver(model: ScoreModel, solver: Solver | None, differentiable: bool) -> S
     return solver
 
 
-def _divergence(divergence: str | Divergence, event: tuple[int, ...]) -> Divergence:
-    size = math.prod(event)
-    if divergence == "auto":
-        return automatic(size)
-    if divergence == "exact":
-        return Exact()
-    if not isinstance(divergence, Divergence):
-        raise OptionError(
-            f"Unknown divergence {divergence!r}: write 'auto', 'exact', Exact(...) or Hutchinson(probes=...)."
-        )
-    return divergence.resolve(size)
-
-
 def _tail(model: ScoreModel, tail: str | None) -> str:
     if tail is None:
         return "gaussian" if model.is_linear else "none"
@@ -346,27 +336,6 @@ def _tail(model: ScoreModel, tail: str | None) -> str:
     if tail == "gaussian":
         _ = model.linear  # refuses a model without alpha and sigma
     return tail
-
-
-def _grid(
-    model: ScoreModel,
-    solver: Solver | None,
-    steps: int | None,
-    times: Tensor | Sequence[float] | None,
-    t_min: float | None,
-) -> Grid:
-    """Rising times: the caller's, the solver's own, or even steps in the variable of the default method."""
-    if solver is not None or times is not None:
-        return grid_for(model, solver or AdaptiveRungeKutta(), steps, times, t_min, direction=1)
-    ends = grid_for(model, AdaptiveRungeKutta(), 1, None, t_min, direction=1)
-    if steps is None:
-        return ends
-    if steps < 1:
-        raise OptionError(f"steps must be at least 1; got {steps}.")
-    split = split_for(model, deviation_of(model))
-    first, last = split.node(Points.at(model.linear, ends))
-    inside = split.log_s(np.linspace(first, last, steps + 1)[1:-1])
-    return torch.cat([ends[:1], model.linear.time(torch.from_numpy(-2 * inside)), ends[1:]])
 
 
 def _transformed(transform: Transform | None, x: State) -> tuple[State, PerRow]:
@@ -480,7 +449,7 @@ def _solve(run: _Run, model: ScoreModel, counter: Any, x: State, grid: Grid, fir
     """The likelihood of some rows up to the density of the latents, and what t_min takes off it."""
     if run.solver is not None:
         return _together(run, run.solver, model, counter, x, grid, first_row)
-    rows = DensityRows(
+    rows = FromData(
         model, x, grid, run.divergence, seed=run.seed, first_row=first_row, atol=run.atol, max_nfe=run.max_nfe
     )
     for target in range(1, len(grid)):
@@ -488,9 +457,8 @@ def _solve(run: _Run, model: ScoreModel, counter: Any, x: State, grid: Grid, fir
         if run.atol is None:
             finite_or_raise(rows.x, "The state", step=target - 1, time=grid[target].item())
     tally = Tally(rows.accepted, rows.rejected, rows.nfe, rows.t)
-    stderr = _widened(*rows.uncertainty) if run.divergence.random else torch.zeros_like(rows.variance)
-    part = _Part(rows.change, stderr, rows.error_estimate, rows.x, int(rows.nfe.max()), rows.nfe, tally)
-    return part, rows.blur()
+    part = _Part(rows.change, rows.stderr, rows.error_estimate, rows.x, int(rows.nfe.max()), rows.nfe, tally)
+    return part, rows.blur
 
 
 def _together(
@@ -499,7 +467,7 @@ def _together(
     size, divergence = x[:1].numel(), run.divergence
     rows = np.arange(len(x))
     if model.is_linear:
-        blur = DensityRows(model, x, grid, divergence, seed=run.seed, first_row=first_row, atol=None).blur()
+        blur = FromData(model, x, grid, divergence, seed=run.seed, first_row=first_row, atol=None).blur
     else:
         blur = Blur(torch.full_like(wide(x).reshape(len(x), -1)[:, 0], math.nan), torch.zeros_like(x))
     vectors = divergence.draw(x, run.seed, first_row + rows, np.zeros_like(rows))
@@ -510,7 +478,7 @@ def _together(
     nfe = counter.calls
     explain(solver, process, state, end, grid, silent)
     estimates = wide(end[:, size:]).T
-    stderr = _spread_of(estimates, divergence.random)
+    stderr = standard_error_of(estimates, divergence.random)
     latent = end[:, :size].reshape(x.shape)
     return _Part(estimates, stderr, torch.full_like(stderr, math.nan), latent, nfe, tally.nfe, tally), blur
 
@@ -519,24 +487,6 @@ def _at_end(prior: HasLogProb, latent: State) -> PerRow:
     """The log-density of latents; in float64 for distributions that are made for it."""
     exact = isinstance(prior, GaussianMixture | Distribution)
     return wide(prior.log_prob(wide(latent).cpu() if exact else latent.cpu())).to(latent.device)
-
-
-def _spread_of(estimates: Tensor, random: bool) -> PerRow:
-    """Standard error of the mean of independent estimates `(count, batch)`."""
-    if not random:
-        return torch.zeros_like(estimates[0])
-    count = len(estimates)
-    if count == 1:
-        return torch.full_like(estimates[0], math.nan)
-    variance = estimates.detach().var(0) / count
-    return _widened(variance, torch.full_like(variance, count - 1))
-
-
-def _widened(variance: PerRow, freedom: PerRow) -> PerRow:
-    """Half of half the width of a 95 % interval: the root of the variance, but for few degrees of freedom."""
-    known = np.nan_to_num(freedom.detach().cpu().double().numpy(), nan=1e9, posinf=1e9)
-    factor = stdtrit(np.clip(known, 1.0, 1e9), 0.975) / 2
-    return variance.detach().sqrt() * torch.from_numpy(factor).to(variance)
 
 
 def _check_reached(tally: Tally, grid: Grid) -> None:

@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sdediff.embedded import AdaptiveRungeKutta
 from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
-from sdediff.exponential import Exponential
+from sdediff.exponential import Exponential, Points, deviation_of, split_for
 from sdediff.model import ScoreModel, rows_of
 from sdediff.noise import Noise, NoiseStream, RowNoise
 from sdediff.reverse import Reverse
@@ -133,6 +135,28 @@ def grid_for(
     check_grid(grid, direction=direction)
     model.sde.check_span(grid, "times")
     return grid
+
+
+def density_grid(
+    model: ScoreModel,
+    steps: int | None,
+    times: Tensor | Sequence[float] | None,
+    t_min: float | None,
+    direction: int,
+) -> Grid:
+    """The grid of `DensityRows`: the caller's, even steps in its own variable, or the two ends if steps is None."""
+    if times is not None:
+        return grid_for(model, AdaptiveRungeKutta(), steps, times, t_min, direction)
+    ends = grid_for(model, AdaptiveRungeKutta(), 1, None, t_min, direction=1)
+    if steps is None:
+        return ends if direction > 0 else ends.flip(0)
+    if steps < 1:
+        raise OptionError(f"steps must be at least 1; got {steps}.")
+    split = split_for(model, deviation_of(model))
+    first, last = split.node(Points.at(model.linear, ends))
+    inside = split.log_s(np.linspace(first, last, steps + 1)[1:-1])
+    grid = torch.cat([ends[:1], model.linear.time(torch.from_numpy(-2 * inside)), ends[1:]])
+    return grid if direction > 0 else grid.flip(0)
 
 
 def _grid(solver: Solver, model: ScoreModel, steps: int, t_min: float | None) -> Grid:
