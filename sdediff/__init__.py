@@ -69,8 +69,11 @@ from sdediff.runge_kutta import EulerMaruyama as EulerMaruyama
 from sdediff.runge_kutta import Heun as Heun
 from sdediff.runge_kutta import RungeKutta as RungeKutta
 from sdediff.runge_kutta import Tableau as Tableau
+from sdediff.sampling import RoundTrip as RoundTrip
 from sdediff.sampling import Solution as Solution
+from sdediff.sampling import decode as decode
 from sdediff.sampling import encode as encode
+from sdediff.sampling import round_trip as round_trip
 from sdediff.sampling import sample as sample
 from sdediff.sde import SDE as SDE
 from sdediff.shapes import over as over

@@ -3,6 +3,8 @@ r"""The front door: `sample` runs a model from noise to data, `encode` from data
 `sample` draws `x_T` from the SDE's prior (or takes `x_init`), hands the process of the solver and a grid to the one
 loop, and ends, unless told otherwise, with one evaluation of the denoised mean at `t_min` (Tweedie), which is counted.
 Nobody types a direction of time: times fall in `sample` and rise in `encode`.
+
+`decode` is the inverse of `encode`, and `round_trip` measures how well the two cancel.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sdediff.density import DensityRows, wide
+from sdediff.divergence import Divergence, divergence_for
 from sdediff.embedded import AdaptiveRungeKutta
 from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
 from sdediff.exponential import Exponential, Points, deviation_of, split_for
@@ -26,10 +30,10 @@ from sdediff.noise import Noise, NoiseStream, RowNoise
 from sdediff.reverse import Reverse
 from sdediff.runge_kutta import RungeKutta
 from sdediff.sde import SDE, SLACK, check_grid, fresh_seed
-from sdediff.shapes import Grid, State, Trajectory, as_time, check_state, finite_or_raise
+from sdediff.shapes import Grid, PerRow, State, Trajectory, as_time, check_state, finite_or_raise, sum_rows
 from sdediff.solvers import Solver, Tally, merged
 
-__all__ = ["Solution", "encode", "sample"]
+__all__ = ["RoundTrip", "Solution", "decode", "encode", "round_trip", "sample"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +51,8 @@ class Solution:
         row_nfe: network evaluations of each row, `(batch,)`, where they differ.
         reached: the time that each row has come to, `(batch,)`, of a solver with a budget; rows that stopped short of
             `times[-1]` are partial results.
+        log_prob, log_prob_stderr: with `with_log_prob=True`, log-density of x at the last time in nats and the standard
+            error of its divergence, `(batch,)`.
     """
 
     x: State
@@ -58,6 +64,8 @@ class Solution:
     rejected: Tensor | int | None = None
     row_nfe: Tensor | None = None
     reached: Tensor | None = None
+    log_prob: PerRow | None = None
+    log_prob_stderr: PerRow | None = None
 
     @property
     def complete(self) -> bool:
@@ -249,6 +257,9 @@ def sample(
     batch_size: int | None = None,
     trajectory: bool | int = False,
     differentiable: bool = False,
+    with_log_prob: bool = False,
+    divergence: str | Divergence = "auto",
+    atol_nats: float = 1e-3,
     progress: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -272,6 +283,10 @@ def sample(
         trajectory: whether to keep the states at all times, or a number k to keep every k-th.
         differentiable: whether gradients flow through the solve, to x_init, the condition and the network's parameters
             (not to parameters of the SDE, whose coefficients are numbers).
+        with_log_prob: whether to carry the log-density along, in one pass: needs `final="none"`, as the density is
+            that of the states at the last time, and no solver, as the method is that of `log_prob`, with steps for
+            every row to `atol_nats`, or those of `steps` or `times`.
+        divergence, atol_nats: as in `log_prob`, for `with_log_prob`.
         progress: whether to show a bar.
         dtype, device: of the states; if None, those of x_init, or of the network's parameters, or its own `dtype`.
 
@@ -279,6 +294,8 @@ def sample(
         OptionError, ShapeError, TimeError, CapabilityError: an argument does not fit; the message says how.
         DivergenceError: a state became NaN or infinite; names step, time and rows.
     """
+    if with_log_prob:
+        _check_with_log_prob(model, solver, final, trajectory, noise, progress)
     solver = default_solver(model) if solver is None else solver
     check_arguments(model, solver)
     if final not in ("denoise", "none"):
@@ -286,7 +303,8 @@ def sample(
     if not isinstance(shape, Sequence) or not shape or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ShapeError(f"shape must be (batch, *event) with positive whole numbers; got {shape}.")
     shape = tuple(shape)
-    grid = grid_for(model, solver, steps, times, t_min, direction=-1)
+    make = partial(density_grid, model) if with_log_prob else partial(grid_for, model, solver)
+    grid = make(steps, times, t_min, direction=-1)
     if x_init is None and not starts_at_prior(model, grid[0]):
         raise TimeError(
             f"times starts at {grid[0]:g}, but the prior is that of t_max = {model.sde.t_max:g}: start there, or pass "
@@ -315,7 +333,74 @@ def sample(
         return bound.denoised(t, x) if final == "denoise" else x
 
     with torch.set_grad_enabled(differentiable):
+        if with_log_prob:
+            atol = atol_nats if steps is None and times is None else None
+            way = divergence_for(divergence, like.numel())
+            seed = fresh_seed() if seed is None else seed
+            return _scored(model, grid, noise, condition, shape[0], batch_size, begin, way, seed, atol)
         return _run(model, solver, grid, noise, condition, shape[0], batch_size, trajectory, progress, begin, end)
+
+
+def _check_with_log_prob(
+    model: object, solver: Solver | None, final: str, trajectory: bool | int, noise: Noise | None, progress: bool
+) -> None:
+    """Refuse what does not go together with a log-density."""
+    if solver is not None:
+        raise CapabilityError(
+            f"with_log_prob=True has a method of its own and takes no solver; got {solver}. Leave solver= away, and "
+            "give atol_nats=, steps= or times= instead."
+        )
+    if final != "none":
+        raise OptionError(
+            "with_log_prob=True gives the density of the states at the last time, not of denoised ones: write "
+            'final="none".'
+        )
+    if trajectory or progress:
+        raise OptionError("with_log_prob=True keeps no trajectory and shows no progress: leave both away.")
+    if isinstance(model, ScoreModel):
+        _ = model.linear
+
+
+def _scored(
+    model: ScoreModel,
+    grid: Grid,
+    noise: Noise,
+    condition: Any,
+    batch: int,
+    batch_size: int | None,
+    begin: Callable[[slice, NoiseStream], State],
+    divergence: Divergence,
+    seed: int,
+    atol: float | None,
+) -> Solution:
+    """States and their log-density, chunk by chunk."""
+    parts: list[DensityRows] = []
+    densities = []
+    with evaluating(model.network):
+        for rows in chunks_of(batch, batch_size):
+            bound, _ = bound_rows(model, condition, rows, batch)
+            start = begin(rows, noise.open(rows.start))
+            prior = model.sde.prior(tuple(start.shape[1:]), dtype=torch.float64)
+            try:
+                part = DensityRows(bound, start, grid, divergence, seed=seed, first_row=rows.start, atol=atol)
+                for target in range(1, len(grid)):
+                    part.run(target)
+                    finite_or_raise(part.x, "The state", step=target - 1, time=grid[target].item())
+            except DivergenceError as error:
+                raise error.shifted(rows.start) from error
+            parts.append(part)
+            densities.append(wide(prior.log_prob(wide(start).cpu())).to(start.device) - part.change.mean(0))
+    row_nfe = torch.cat([part.nfe for part in parts])
+    return Solution(
+        x=torch.cat([part.x for part in parts]),
+        nfe=int(row_nfe.max()),
+        times=grid,
+        accepted=torch.cat([part.accepted for part in parts]),
+        rejected=torch.cat([part.rejected for part in parts]),
+        row_nfe=row_nfe,
+        log_prob=torch.cat(densities),
+        log_prob_stderr=torch.cat([part.stderr for part in parts]),
+    )
 
 
 def encode(
@@ -361,6 +446,77 @@ def encode(
             model, solver, grid, RowNoise(0), condition, x.shape[0], batch_size, trajectory, progress,
             lambda rows, stream: x[rows], lambda bound, t, x: x,
         )  # fmt: skip
+
+
+def decode(
+    model: ScoreModel,
+    latent: State,
+    *,
+    solver: Solver | None = None,
+    steps: int | None = None,
+    times: Tensor | Sequence[float] | None = None,
+    t_min: float | None = None,
+    condition: Any = None,
+    batch_size: int | None = None,
+    differentiable: bool = False,
+) -> Solution:
+    """Carry latents at `t_max` to states at `t_min` along the probability-flow ODE: the inverse of `encode`.
+
+    Args:
+        latent: states at the first time, `(batch, *event)`.
+        solver: a deterministic one; None as in `sample`.
+        times: a grid, strictly decreasing, in place of steps and t_min.
+        steps, t_min, condition, batch_size, differentiable: as in `sample`.
+
+    Raises:
+        CapabilityError: the solver is noisy.
+    """
+    solver = default_solver(model) if solver is None else solver
+    check_arguments(model, solver)
+    check_state(latent, "latent")
+    if not solver.deterministic:
+        raise CapabilityError(f"decode follows the probability-flow ODE, but {solver} adds noise: use sample.")
+    return sample(
+        model, tuple(latent.shape), solver=solver, steps=steps, times=times, x_init=latent, t_min=t_min, final="none",
+        condition=condition, batch_size=batch_size, differentiable=differentiable,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class RoundTrip:
+    """Data, its latent, and what came back.
+
+    Attributes:
+        latent: `encode(x).x`.
+        x: `decode(latent).x`.
+        error: root mean square of the difference from the data over the entries of each row, `(batch,)`.
+        nfe: network evaluations for every row, there and back.
+    """
+
+    latent: State
+    x: State
+    error: PerRow
+    nfe: int
+
+
+def round_trip(
+    model: ScoreModel,
+    x: State,
+    *,
+    solver: Solver | None = None,
+    steps: int | None = None,
+    t_min: float | None = None,
+    condition: Any = None,
+    batch_size: int | None = None,
+) -> RoundTrip:
+    """Encode data and decode it again: how far the solver is from the invertible map that it stands for.
+
+    Arguments and errors are those of `encode`; both ways take the same grid.
+    """
+    there = encode(model, x, solver=solver, steps=steps, t_min=t_min, condition=condition, batch_size=batch_size)
+    back = decode(model, there.x, solver=solver, times=there.times.flip(0), condition=condition, batch_size=batch_size)
+    error = (sum_rows((back.x - x) ** 2) / max(x[:1].numel(), 1)).sqrt()
+    return RoundTrip(there.x, back.x, error, there.nfe + back.nfe)
 
 
 def like_state(
