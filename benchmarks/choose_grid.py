@@ -43,7 +43,7 @@ def main() -> None:
         found = []
         for constants in product(KNEES, CORNERS, SPARSE):
             grids._KNEE, grids._CORNER, grids._SPARSE = constants
-            for cache in (exponential._table, sampling._kept_grid, tables._kept_rows):
+            for cache in (exponential._table, runs._kept_grid, tables._kept_rows):
                 cache.cache_clear()
             for order in range(1, 6):
                 ratios = []

@@ -23,7 +23,7 @@ from sdediff.draws import RowDraws, mix
 from sdediff.errors import OptionError, ShapeError
 from sdediff.likelihood import log_prob
 from sdediff.model import ScoreModel
-from sdediff.sampling import like_state
+from sdediff.runs import like_state
 from sdediff.sde import fresh_seed
 from sdediff.shapes import Codes, PerRow
 

@@ -43,7 +43,7 @@ from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeE
 from sdediff.exact import Gaussian, GaussianMixture
 from sdediff.model import ScoreModel
 from sdediff.noise import RowNoise
-from sdediff.sampling import (
+from sdediff.runs import (
     bound_rows,
     check_arguments,
     chunks_of,
@@ -51,9 +51,9 @@ from sdediff.sampling import (
     evaluating,
     explain,
     grid_for,
-    sample,
     starts_at_prior,
 )
+from sdediff.sampling import sample
 from sdediff.sde import SDE, fresh_seed
 from sdediff.shapes import Grid, PerRow, State, check_state, finite_or_raise, over, sum_rows
 from sdediff.solvers import Solver, Tally, merged

@@ -7,7 +7,7 @@ from helpers import TwoFunctions, name, scalar_target
 
 import sdediff as sd
 from sdediff.runge_kutta import RungeKutta
-from sdediff.sampling import default_solver
+from sdediff.runs import default_solver
 
 F64 = torch.float64
 GENERATOR = torch.Generator().manual_seed(0)
