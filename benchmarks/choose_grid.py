@@ -15,7 +15,7 @@ from itertools import product
 import sdediff as sd
 from benchmarks import reference, targets
 from benchmarks.common import RESULTS
-from sdediff import exponential, grids, sampling, tables
+from sdediff import exponential, grids, runs, tables
 
 MAIN = ("ring2d", "gauss64", "lowrank64")
 KNEES, CORNERS, SPARSE = (1.2, 1.35, 1.5, 1.65), (0.3, 0.6, 0.9), (0.1, 0.15, 0.2)
