@@ -21,6 +21,12 @@ from sdediff.calibration import calibrate as calibrate
 from sdediff.denoised import clamp_denoised as clamp_denoised
 from sdediff.denoised import dynamic_threshold as dynamic_threshold
 from sdediff.denoised import map_denoised as map_denoised
+from sdediff.elbo import ELBO as ELBO
+from sdediff.elbo import DenoisingLogProb as DenoisingLogProb
+from sdediff.elbo import SDEBound as SDEBound
+from sdediff.elbo import denoising_log_prob as denoising_log_prob
+from sdediff.elbo import elbo as elbo
+from sdediff.elbo import sde_bound as sde_bound
 from sdediff.embedded import AdaptiveRungeKutta as AdaptiveRungeKutta
 from sdediff.errors import CapabilityError as CapabilityError
 from sdediff.errors import CheckFailure as CheckFailure
