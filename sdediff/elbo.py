@@ -1,15 +1,15 @@
 r"""Bounds and estimates of log p(x) from denoising errors alone: no ODE, no divergence.
 
-With `z = alpha x + sigma eps` and `g = alpha^2 / sigma^2`, all three functions average one number, the error of the
-denoiser as a part of what it would be on average for normal data of scale c, and all three share one clock:
+With `z = alpha x + sigma eps`, `g = alpha^2 / sigma^2` and D entries to an event, all three functions average one
+number, D times the ratio of the denoiser's error to its mean for normal data of scale c, and all share one clock:
 
     E(t, x) = |x - xhat(z)|^2 (1 + c^2 g) / c^2,          u = log(1 + c^2 g).
 
-Equal steps in u carry equal information of such data, for which E = d on average. E is bounded at both ends of time,
+Equal steps in u carry equal information of such data, for which E = D on average. E is bounded at both ends of time,
 also where alpha = 0, so even draws in u are the importance sampling: in log g, even draws would spend as much on
 levels where nothing is seen of the data as where all is decided. Any c is right in expectation.
 
-`elbo`: the bound of variational diffusion models. With `s = sigma / alpha` at t_min and D the number of entries,
+`elbo`: the bound of variational diffusion models. With `s = sigma / alpha` at t_min,
 
     log p(x) >= E log N(x; xhat(z_0), s^2 I) - KL(q(z_T | x) || prior) - diffusion,
     diffusion = 1/2 sum (g_s - g_t) E|x - xhat(z_t)|^2 = 1/2 sum expm1(u_s - u_t) E(t)    with T steps (s before t),
@@ -85,7 +85,7 @@ class ELBO:
         nfe: network evaluations for every row.
         times: the grid, falling; its two ends in continuous time.
         terms: KL divergence of every step, `(steps, batch)`, from `times[i]` to `times[i + 1]`; None in continuous
-            time.
+            time. Estimates without bias, so that one of a small divergence may be negative.
         settings: the steps, span, samples, scale, prior and seed that gave the number.
     """
 
@@ -125,8 +125,8 @@ class DenoisingLogProb:
         value: log p(x) in nats, `(batch,)`.
         stderr: standard error over noise and times, `(batch,)`.
         lower, upper: Riemann sums, `(batch,)`. For the exact denoiser their means over data (and draws) enclose the
-            mean of log p; a single row's need not. `lower` is a bound for any denoiser: `elbo` over a random grid, but
-            for its end. `upper` leaves out what the prior misses of p_T, and what the density curves at the scale s of
+            mean of log p; a single row's need not. The mean of `lower` is below that of the data's log p for any
+            denoiser. `upper` leaves out what the prior misses of p_T, and what the density curves at the scale s of
             t_min (about s^2 / 2 times its Fisher information).
         nfe: network evaluations for every row.
         settings: the span, samples, scale, prior and seed that gave the number.
@@ -498,15 +498,15 @@ class _Rows:
         rise = (blur / (c * sigma)) ** 2 * total / (rho * (1 + rho))  # (1 / rho - 1) / w
         unit = total.sqrt() / (c * (alpha**2 + sigma**2))
         positive = self.stream.normal(self.x)
-        square = sum_rows(positive.double() ** 2).cpu()
+        square = _summed(positive**2)
         value = -seen * (square - self.size)
         for noise in (positive, -positive):
             z = over(alpha / alpha_0, self.x) * self.x + over(sigma * rho, self.x) * noise
             true = over(unit * alpha * (1 + blur**2 / (1 + rho)), z) * noise - over(unit * sigma / alpha_0, z) * self.x
             error = self.model.combine(t, z, -unit * sigma, unit * alpha) - true  # (epshat - eps) / sqrt(w)
-            value = value + sum_rows(error.double() ** 2).cpu() / 2
+            value = value + _summed(error**2) / 2
             if blur:
-                value = value - rise * (square + seen.sqrt() * sum_rows((error * noise).double()).cpu())
+                value = value - rise * (square + seen.sqrt() * _summed(error * noise))
         return value
 
     def prior_mean(self) -> PerRow:
@@ -535,6 +535,11 @@ class _Rows:
         alpha, sigma = (value.item() for value in self.task.sde.scales_at(self.task.ends[0]))
         alpha_0, sigma_0 = self.task.start
         return alpha / alpha_0, math.sqrt(sigma**2 - (alpha * sigma_0 / alpha_0) ** 2)
+
+
+def _summed(x: State) -> PerRow:
+    """The sum over the entries of every row, float64 on the CPU as the coefficients."""
+    return sum_rows(x.to(torch.promote_types(x.dtype, torch.float32))).cpu().double()
 
 
 def _normal(prior: Distribution) -> Normal | None:

@@ -751,7 +751,7 @@ MUTANTS = [
             "self.model.combine(t, z, -unit * sigma, unit * alpha)",
             "self.model.combine(t, z, unit * sigma, unit * alpha)",
         ),
-        ("(square + seen.sqrt() * sum_rows(", "(square - seen.sqrt() * sum_rows("),
+        ("(square + seen.sqrt() * _summed(", "(square - seen.sqrt() * _summed("),
         ("value = value - rise * (", "value = value + rise * ("),
         ("prior.log_prob(mean) - std**2 / 2 *", "prior.log_prob(mean) - std**2 *"),
         ("(std / spread) ** 2 + 2 * spread.log()", "std / spread + 2 * spread.log()"),
