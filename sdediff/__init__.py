@@ -24,6 +24,12 @@ from sdediff.denoised import map_denoised as map_denoised
 from sdediff.divergence import Divergence as Divergence
 from sdediff.divergence import Exact as Exact
 from sdediff.divergence import Hutchinson as Hutchinson
+from sdediff.elbo import ELBO as ELBO
+from sdediff.elbo import DenoisingLogProb as DenoisingLogProb
+from sdediff.elbo import SDEBound as SDEBound
+from sdediff.elbo import denoising_log_prob as denoising_log_prob
+from sdediff.elbo import elbo as elbo
+from sdediff.elbo import sde_bound as sde_bound
 from sdediff.embedded import AdaptiveRungeKutta as AdaptiveRungeKutta
 from sdediff.errors import CapabilityError as CapabilityError
 from sdediff.errors import CheckFailure as CheckFailure
@@ -46,7 +52,6 @@ from sdediff.langevin import PredictorCorrector as PredictorCorrector
 from sdediff.likelihood import LogProb as LogProb
 from sdediff.likelihood import as_distribution as as_distribution
 from sdediff.likelihood import log_prob as log_prob
-from sdediff.likelihood import matched_prior as matched_prior
 from sdediff.linear import LinearSDE as LinearSDE
 from sdediff.linear import as_linear as as_linear
 from sdediff.model import ScoreModel as ScoreModel
@@ -56,6 +61,7 @@ from sdediff.noise import Noise as Noise
 from sdediff.noise import Recorded as Recorded
 from sdediff.noise import Recorder as Recorder
 from sdediff.noise import RowNoise as RowNoise
+from sdediff.priors import matched_prior as matched_prior
 from sdediff.processes import EDM as EDM
 from sdediff.processes import VE as VE
 from sdediff.processes import VP as VP
