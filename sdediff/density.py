@@ -171,7 +171,7 @@ class DensityRows(AdamsRows):
 
     def begin(self) -> None:
         """The evaluation at the first time."""
-        self.values[0] = self.evaluate(self.model, np.arange(len(self.x)), self.t, self.x.clone())
+        self.values[0] = self.evaluate(self.model, np.arange(len(self.x)), self.t.clone(), self.x.clone())
         self.first_score = self.score
         self.forms[0] = self.new_forms
         self.spread[0] = self._spread(self.new_forms)

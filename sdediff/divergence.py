@@ -267,6 +267,8 @@ def _reverse(field: Field, x: State, graph: bool) -> Expansion:
         value, extra = field(at)
 
         def products(vectors: Tensor) -> Tensor:
+            if graph:  # a function that is differentiable once only complains where a vector wants a gradient
+                vectors = vectors.detach().clone().requires_grad_()
             return vector_jacobian(value, at, vectors, graph)
 
     return Expansion(value, extra, products) if graph else Expansion(value.detach(), extra.detach(), products)
@@ -300,7 +302,7 @@ def vector_jacobian(value: State, x: State, vectors: Tensor, graph: bool = False
     options: dict[str, Any] = {
         "retain_graph": True, "create_graph": graph, "allow_unused": True, "materialize_grads": True
     }  # fmt: skip
-    if len(vectors) > 1:
+    if len(vectors) > 1 and not graph:  # in a batch, a function that is differentiable once does not complain
         try:
             return torch.autograd.grad(value, x, vectors, is_grads_batched=True, **options)[0]
         except RuntimeError:

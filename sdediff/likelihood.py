@@ -243,7 +243,7 @@ class ModelDistribution(Distribution):
         """Samples `(*sample_shape, *event_shape)`; a seed is drawn from torch's global generator unless one is set."""
         count = math.prod(sample_shape)
         drawn = sample(self.model, (count, *self.event_shape), **self.sample_options).x
-        return drawn.reshape(*sample_shape, *self.event_shape)
+        return drawn.reshape((*sample_shape, *self.event_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Nats, `value.shape` without the event."""
@@ -392,7 +392,7 @@ def _integrate(
         row_nfe=row_nfe,
         accepted=tally.accepted,
         rejected=tally.rejected,
-        prior_gap=_prior_gap(model, terminal, x.detach()),
+        prior_gap=_prior_gap(model, terminal, x.detach(), grid[-1]),
         tail_gap=torch.cat([part.gap for part in parts]),
         estimates=joined,
         settings=_settings(run, grid, prior, size),
@@ -491,11 +491,11 @@ def _check_reached(tally: Tally, grid: Grid) -> None:
     )
 
 
-def _prior_gap(model: ScoreModel, prior: HasLogProb, x: State) -> PerRow:
-    """KL divergence of `N(alpha_T x, sigma_T^2 I)` from the prior, where that is Gaussian."""
+def _prior_gap(model: ScoreModel, prior: HasLogProb, x: State, t: Tensor) -> PerRow:
+    """KL divergence of `N(alpha x, sigma^2 I)` at the last time from the prior, where that is Gaussian."""
     if not model.is_linear or not is_gaussian(prior):
         return torch.full((len(x),), math.nan, dtype=torch.float64)
-    alpha, sigma = model.linear.scales_at(torch.tensor(model.sde.t_max, dtype=torch.float64))
+    alpha, sigma = model.linear.scales_at(t)
     return kl_to_prior(cast(Prior, prior), alpha * x.detach().cpu().double(), sigma.item())
 
 

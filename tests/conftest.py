@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 with warnings.catch_warnings(action="ignore"):  # torch.jit, on the first use of forward mode
-    import torch._decomp.decompositions_for_jvp  # noqa: F401
+    import torch._decomp.decompositions_for_jvp
 
 torch.set_num_threads(1)
 

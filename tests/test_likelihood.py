@@ -201,7 +201,6 @@ def test_a_grid_that_ends_elsewhere_needs_its_own_prior():
     torch.testing.assert_close(result.value, target.log_prob(x), rtol=0, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="prior_gap takes alpha and sigma at the SDE's t_max, not at the grid's last time")
 def test_the_prior_gap_is_that_of_the_last_time():
     target, sde = gaussian(2), sd.VP()
     x, end = target.sample(3, seed=0), target.marginal(sde, 0.2)

@@ -79,7 +79,8 @@ def test_error_bars_of_adaptive_steps_are_honest(spread):
     off = result.value - sd.log_prob(model, x, atol_nats=1e-2, tail="none").value
     assert abs(off.mean()) < 4 * off.std() / 400**0.5
     assert (off.abs() <= 2 * result.stderr).double().mean().item() == pytest.approx(0.95, abs=0.02 + 0.029)
-    assert result.stderr.square().mean().item() == pytest.approx(off.var().item(), rel=0.35)
+    ratio = result.stderr.square().mean().item() / off.var().item()
+    assert 0.9 < ratio < 1.6  # Student's factor squared is 1.3 at 8 degrees of freedom
 
 
 # Differences
@@ -139,7 +140,6 @@ def test_the_gradient_at_a_state_is_the_score_of_the_state_and_chunks_have_their
         assert not sd.log_prob(target.model(VP), x, steps=4).value.requires_grad
 
 
-@pytest.mark.xfail(strict=True, reason='with tail="none" the gradient is still the score of clean data')
 def test_the_gradient_at_a_state_is_the_score_of_the_state():
     target = gaussian(5)
     moved = target.marginal(VP, 0.05)
@@ -248,9 +248,7 @@ def test_the_prior_gap_is_the_divergence_of_the_kernel_from_any_gaussian_prior(w
     (alpha, sigma), eye = sde.scales(torch.tensor(sde.t_max, dtype=F64)), torch.eye(3, dtype=F64)
     prior = None if which == "own" else sd.matched_prior(sde, target.sample(50, seed=2), covariance=which)
     gap = sd.log_prob(target.model(sde), x, prior=prior, steps=2).prior_gap
-    reference = (
-        MultivariateNormal(torch.zeros(3, dtype=F64), sigma**2 * eye) if prior is None else normals_of(prior)
-    )
+    reference = MultivariateNormal(torch.zeros(3, dtype=F64), sigma**2 * eye) if prior is None else normals_of(prior)
     torch.testing.assert_close(gap, kl_divergence(MultivariateNormal(alpha * x, sigma**2 * eye), reference))
 
 
@@ -355,8 +353,8 @@ def test_a_grid_of_ones_own_and_even_steps_in_the_variable_of_the_method():
     times = sd.grids.tapered(VP, 30, t_min=1e-3).flip(0)
     result = sd.log_prob(target.model(VP), x, times=times, prior=target.marginal(VP, 1.0))
     assert (result.value - target.log_prob(x)).abs().max() < 1e-3
-    assert torch.equal(result.row_nfe, torch.full((3,), 31))
-    assert torch.equal(sd.log_prob(target.model(VP), x, steps=30).row_nfe, torch.full((3,), 31))
+    assert torch.equal(result.row_nfe, torch.full((3,), 32))  # one at the data
+    assert torch.equal(sd.log_prob(target.model(VP), x, steps=30).row_nfe, torch.full((3,), 32))
     with pytest.raises(sd.OptionError, match="steps must be at least 1; got 0"):
         sd.log_prob(target.model(VP), x, steps=0)
 
@@ -400,7 +398,11 @@ def test_nonlinear_flows_have_their_divergence():
     result = sd.log_prob(model, x, prior=prior, solver=sd.AdaptiveRungeKutta(rtol=1e-8, atol=1e-8))
     for row in range(2):
         solved = solve_ivp(
-            lambda t, y: [-(y[0] ** 3) + y[0], -3 * y[0] ** 2 + 1], (1e-3, 1.0), [x[row].item(), 0.0], rtol=1e-10, atol=1e-12
+            lambda t, y: [-(y[0] ** 3) + y[0], -3 * y[0] ** 2 + 1],
+            (1e-3, 1.0),
+            [x[row].item(), 0.0],
+            rtol=1e-10,
+            atol=1e-12,
         )
         end, integral = solved.y[:, -1]
         exact = -(end**2) / 2 - math.log(2 * math.pi) / 2 + integral
