@@ -24,6 +24,12 @@ from sdediff.denoised import map_denoised as map_denoised
 from sdediff.divergence import Divergence as Divergence
 from sdediff.divergence import Exact as Exact
 from sdediff.divergence import Hutchinson as Hutchinson
+from sdediff.elbo import DenoisingLogProb as DenoisingLogProb
+from sdediff.elbo import ELBO as ELBO
+from sdediff.elbo import SDEBound as SDEBound
+from sdediff.elbo import denoising_log_prob as denoising_log_prob
+from sdediff.elbo import elbo as elbo
+from sdediff.elbo import sde_bound as sde_bound
 from sdediff.embedded import AdaptiveRungeKutta as AdaptiveRungeKutta
 from sdediff.errors import CapabilityError as CapabilityError
 from sdediff.errors import CheckFailure as CheckFailure
