@@ -4,6 +4,7 @@ Diffusion models as continuous stochastic differential equations in PyTorch: sam
 linear SDE, with the samplers of the field as special cases. See the README for ten lines that show it.
 """
 
+from sdediff import dequantize as dequantize
 from sdediff import exact as exact
 from sdediff import grids as grids
 from sdediff import losses as losses
@@ -21,6 +22,7 @@ from sdediff.calibration import calibrate as calibrate
 from sdediff.denoised import clamp_denoised as clamp_denoised
 from sdediff.denoised import dynamic_threshold as dynamic_threshold
 from sdediff.denoised import map_denoised as map_denoised
+from sdediff.dequantize import Dequantizer as Dequantizer
 from sdediff.divergence import Divergence as Divergence
 from sdediff.divergence import Exact as Exact
 from sdediff.divergence import Hutchinson as Hutchinson

@@ -208,8 +208,10 @@ class DensityRows(AdamsRows):
         count = self.divergence.count
         if not self.divergence.random:
             return torch.zeros_like(forms[0])
-        variance = forms.detach().var(0) if count > 1 else torch.full_like(forms[0], math.nan)
-        return variance / count * self.divergence.part_of_variance(self.size)
+        if count == 1:
+            return torch.full_like(forms[0], math.nan)
+        away = forms.detach() - forms.detach().mean(0)  # torch's own variance warns where no row is left
+        return away.square().sum(0) / (count * (count - 1)) * self.divergence.part_of_variance(self.size)
 
 
 class FromData(DensityRows):
