@@ -132,7 +132,7 @@ def versions() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     parts = []
-    for name in ("torch", "numpy", "scipy", "diffusers", "k-diffusion", "azula", "torchdiffeq", "torchsde"):
+    for name in ("torch", "numpy", "scipy", "diffusers", "k-diffusion", "azula", "torchdiffeq", "torchsde", "zuko"):
         try:
             parts.append(f"{name} {version(name)}")
         except PackageNotFoundError:

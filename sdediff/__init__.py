@@ -26,6 +26,7 @@ from sdediff.dequantize import Dequantizer as Dequantizer
 from sdediff.divergence import Divergence as Divergence
 from sdediff.divergence import Exact as Exact
 from sdediff.divergence import Hutchinson as Hutchinson
+from sdediff.elbo import ELBO as ELBO
 from sdediff.elbo import DenoisingLogProb as DenoisingLogProb
 from sdediff.elbo import ELBO as ELBO
 from sdediff.elbo import SDEBound as SDEBound
@@ -54,7 +55,6 @@ from sdediff.langevin import PredictorCorrector as PredictorCorrector
 from sdediff.likelihood import LogProb as LogProb
 from sdediff.likelihood import as_distribution as as_distribution
 from sdediff.likelihood import log_prob as log_prob
-from sdediff.likelihood import matched_prior as matched_prior
 from sdediff.linear import LinearSDE as LinearSDE
 from sdediff.linear import as_linear as as_linear
 from sdediff.model import ScoreModel as ScoreModel
@@ -64,6 +64,7 @@ from sdediff.noise import Noise as Noise
 from sdediff.noise import Recorded as Recorded
 from sdediff.noise import Recorder as Recorder
 from sdediff.noise import RowNoise as RowNoise
+from sdediff.priors import matched_prior as matched_prior
 from sdediff.processes import EDM as EDM
 from sdediff.processes import VE as VE
 from sdediff.processes import VP as VP

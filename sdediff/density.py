@@ -49,7 +49,7 @@ from sdediff.exponential import Array, deviation_of, split_for
 from sdediff.model import ScoreModel
 from sdediff.shapes import Grid, PerRow, State, over, sum_rows
 
-_ENTRIES_OF_JACOBIANS = 1 << 23
+_ENTRIES_OF_JACOBIANS = 1 << 21
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdediff import keyed
 from sdediff.errors import CapabilityError, OptionError
+from sdediff.keyed import Words, keyed_normals, keyed_signs, keyed_words
 from sdediff.shapes import State
 
 Numbers: TypeAlias = NDArray[np.integer[Any]]
@@ -186,7 +186,9 @@ class Hutchinson(Divergence):
         return self.probes
 
     def draw(self, x: State, seed: int, rows: Numbers, place: Numbers) -> Tensor:
-        drawn = _DRAWS[self.distribution](seed, rows, place, self.probes, x[0].numel())
+        key = np.full(len(rows), seed & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
+        at = rows.astype(np.uint64) << np.uint64(32) | place.astype(np.uint64)
+        drawn = _DRAWS[self.distribution](key, at, self.probes, x[0].numel())
         return torch.from_numpy(drawn).to(x).reshape(self.probes, *x.shape)
 
     def reduce(self, forms: Iterator[Tensor]) -> Tensor:
@@ -219,24 +221,24 @@ def divergence_for(divergence: str | Divergence, size: int) -> Divergence:
     )
 
 
-# Vectors (k, rows, size).
+# Vectors (k, rows, size), functions of a key and a place for every row.
 
 
-def _rademacher(seed: int, rows: Numbers, place: Numbers, k: int, size: int) -> NDArray[np.float64]:
-    return np.stack([keyed.signs(seed, rows, place, table, size) for table in range(k)])
+def _rademacher(key: Words, place: Numbers, k: int, size: int) -> NDArray[np.float64]:
+    return np.stack([keyed_signs(key, place, table, size) for table in range(k)])
 
 
-def _gaussian(seed: int, rows: Numbers, place: Numbers, k: int, size: int) -> NDArray[np.float64]:
-    return np.stack([keyed.normals(seed, rows, place, table, size) for table in range(k)])
+def _gaussian(key: Words, place: Numbers, k: int, size: int) -> NDArray[np.float64]:
+    return np.stack([keyed_normals(key, place, table, size) for table in range(k)])
 
 
-def _orthogonal(seed: int, rows: Numbers, place: Numbers, k: int, size: int) -> NDArray[np.float64]:
-    lots = keyed.words(seed, rows, place, 1, _order(size))
+def _orthogonal(key: Words, place: Numbers, k: int, size: int) -> NDArray[np.float64]:
+    lots = keyed_words(key, place, 1, _order(size))
     chosen = np.argsort(lots, axis=1, kind="stable")[:, :k].T
     odd = (chosen[..., None] & np.arange(size)).astype(np.uint64)
     for shift in (32, 16, 8, 4, 2, 1):
         odd ^= odd >> np.uint64(shift)
-    return keyed.signs(seed, rows, place, 0, size) * (1 - 2 * (odd & np.uint64(1)).astype(np.float64))
+    return keyed_signs(key, place, 0, size) * (1 - 2 * (odd & np.uint64(1)).astype(np.float64))
 
 
 def _order(size: int) -> int:
@@ -244,7 +246,7 @@ def _order(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-_DRAWS: dict[str, Callable[[int, Numbers, Numbers, int, int], NDArray[np.float64]]] = {
+_DRAWS: dict[str, Callable[[Words, Numbers, int, int], NDArray[np.float64]]] = {
     "rademacher": _rademacher,
     "gaussian": _gaussian,
     "orthogonal": _orthogonal,

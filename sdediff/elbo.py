@@ -53,20 +53,18 @@ from typing import Any, TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal
 
 from sdediff.draws import RowDraws, mix
 from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
-from sdediff.exact import Gaussian
 from sdediff.exponential import deviation_of
 from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
 from sdediff.noise import Noise, NoiseStream, RowNoise
-from sdediff.sampling import bound_rows, chunks_of, evaluating, starts_at_prior
+from sdediff.priors import Prior, is_gaussian, kl_to_prior, mean_log_prob
+from sdediff.runs import bound_rows, chunks_of, evaluating, starts_at_prior
 from sdediff.sde import check_grid, fresh_seed
 from sdediff.shapes import Grid, PerRow, State, as_time, check_state, over, sum_rows
 
-Prior: TypeAlias = Gaussian | Distribution
 Values: TypeAlias = Float[Tensor, " points batch"]
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -168,7 +166,7 @@ def elbo(
         prior: of the states at the first time: a Normal (or `Independent` of one), or an `exact.Gaussian`, such as
             `target.marginal(sde, t_max)`; the SDE's own if None.
         scale: rough standard deviation of the data; if None, that of an "edm" model, else 1. Where it is off, the
-            standard error grows, and nothing else.
+            standard error grows, and the grid of `steps` is less even.
         seed: row i depends on it and on i only, whatever the batch or chunk size.
         noise: a source of the noise in place of `RowNoise(seed)`.
         condition, batch_size: as in `sample`.
@@ -391,7 +389,7 @@ class _Task:
                 f"times starts at {grid[0]:g}, but the prior is that of t_max = {model.sde.t_max:g}: start there, or "
                 "pass prior=, the distribution of the states at the first time."
             )
-        if prior is not None and not isinstance(prior, Gaussian) and _normal(prior) is None:
+        if prior is not None and not is_gaussian(prior):
             raise OptionError(
                 "prior must be a Normal, an Independent of one, or an exact.Gaussian, over which the divergence is "
                 f"known in closed form; got {type(prior).__name__}."
@@ -511,24 +509,18 @@ class _Rows:
 
     def prior_mean(self) -> PerRow:
         """`E log prior(z)` for the kernel at the noise end."""
-        prior = self.task.prior
-        if prior is None:
-            prior = self.task.sde.prior(tuple(self.x.shape[1:]), dtype=torch.float64)
         scale, std = self._kernel()
-        mean = scale * self.x.double().cpu()
-        if isinstance(prior, Gaussian):
-            return prior.log_prob(mean) - std**2 / 2 * torch.linalg.inv(prior.cov.double()).trace()
-        normal = _normal(prior)
-        assert normal is not None
-        shape = mean.shape[1:]
-        loc, spread = normal.mean.double().cpu().expand(shape), normal.stddev.double().cpu().expand(shape)
-        exponent = ((mean - loc) / spread) ** 2 + (std / spread) ** 2 + 2 * spread.log() + _LOG_2PI
-        return -sum_rows(exponent) / 2
+        return mean_log_prob(self._prior, scale * self.x.double().cpu(), std)
 
     def prior_kl(self) -> PerRow:
         """`KL(q(z_T | x) || prior)`."""
-        _, std = self._kernel()
-        return -self.size / 2 * (_LOG_2PI + 1 + 2 * math.log(std)) - self.prior_mean()
+        scale, std = self._kernel()
+        return kl_to_prior(self._prior, scale * self.x.double().cpu(), std)
+
+    @property
+    def _prior(self) -> Prior:
+        given = self.task.prior
+        return self.task.sde.prior(tuple(self.x.shape[1:]), dtype=torch.float64) if given is None else given
 
     def _kernel(self) -> tuple[float, float]:
         """`(scale, std)` from x to the noise end."""
@@ -540,9 +532,3 @@ class _Rows:
 def _summed(x: State) -> PerRow:
     """The sum over the entries of every row, float64 on the CPU as the coefficients."""
     return sum_rows(x.to(torch.promote_types(x.dtype, torch.float32))).cpu().double()
-
-
-def _normal(prior: Distribution) -> Normal | None:
-    """The Normal with independent entries that a distribution is, if it is one."""
-    base = prior.base_dist if isinstance(prior, Independent) else prior
-    return base if isinstance(base, Normal) else None

@@ -33,8 +33,8 @@ def philox(counter: tuple[Words, Words, Words, Words], key: tuple[Words, Words])
     return a, b, c, d
 
 
-def keyed_normals(key: Words, place: NDArray[np.integer[Any]], table: int, count: int) -> NDArray[np.float64]:
-    """`count` numbers for every row, `(rows, count)`: those of its key at its place in a table.
+def keyed_words(key: Words, place: NDArray[np.integer[Any]], table: int, count: int) -> Words:
+    """`count` words below 2^32 for every row, `(rows, count)`: those of its key at its place in a table.
 
     Args:
         key, place: one for every row, of 64 bits.
@@ -43,45 +43,20 @@ def keyed_normals(key: Words, place: NDArray[np.integer[Any]], table: int, count
     """
     calls, at, key = np.arange(-(-count // 4), dtype=np.uint64), place.astype(np.uint64)[:, None], key[:, None]
     counter = calls[None], at & _LOW, at >> _HALF, np.full_like(at, table)
-    words = philox(counter, (key & _LOW, key >> _HALF))
-    u, v, w, z = ((word.astype(np.float64) + 0.5) * 2.0**-32 for word in words)
-    first, second = np.sqrt(-2 * np.log(u)), np.sqrt(-2 * np.log(w))
-    turn, other_turn = 2 * np.pi * v, 2 * np.pi * z
-    numbers = first * np.cos(turn), first * np.sin(turn), second * np.cos(other_turn), second * np.sin(other_turn)
-    return np.stack(numbers, axis=-1).reshape(len(key), -1)[:, :count]
+    words = np.stack(philox(counter, (key & _LOW, key >> _HALF)), axis=-1)
+    return words.reshape(len(key), -1)[:, :count]
 
 
-def words(seed: int, rows: NDArray[np.integer[Any]], place: NDArray[np.integer[Any]], table: int, count: int) -> Words:
-    """`count` words below 2^32 for every row at its place in a table, `(rows, count)`.
-
-    Args:
-        seed: 64 bits.
-        rows, place: numbers below 2^32, one for every row.
-        table: a number below 2^32; tables are independent.
-        count: how many.
-    """
-    calls = np.arange(-(-count // 4), dtype=np.uint64)[None]
-    row, at = rows.astype(np.uint64)[:, None], place.astype(np.uint64)[:, None]
-    key = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)
-    parts = philox((calls, row, at, np.full_like(at, table)), key)  # type: ignore[arg-type]  # scalars broadcast
-    return np.stack(np.broadcast_arrays(*parts), axis=-1).reshape(len(rows), -1)[:, :count]
-
-
-def signs(
-    seed: int, rows: NDArray[np.integer[Any]], place: NDArray[np.integer[Any]], table: int, count: int
-) -> NDArray[np.float64]:
-    """Independent signs -1 and 1, 32 of every word; the arguments are those of `words`."""
-    bits = words(seed, rows, place, table, -(-count // 32))[..., None] >> np.arange(32, dtype=np.uint64)
-    return 1 - 2 * (bits & np.uint64(1)).reshape(len(rows), -1)[:, :count].astype(np.float64)
-
-
-def normals(
-    seed: int, rows: NDArray[np.integer[Any]], place: NDArray[np.integer[Any]], table: int, count: int
-) -> NDArray[np.float64]:
-    """Standard normal numbers; the arguments are those of `words`."""
-    pairs = words(seed, rows, place, table, count + count % 2).reshape(len(rows), -1, 2)
-    u, v = ((pairs[..., i].astype(np.float64) + 0.5) * 2.0**-32 for i in range(2))
+def keyed_normals(key: Words, place: NDArray[np.integer[Any]], table: int, count: int) -> NDArray[np.float64]:
+    """`count` standard normal numbers for every row, likewise, `(rows, count)`."""
+    words = keyed_words(key, place, table, count + count % 2).reshape(len(key), -1, 2)
+    u, v = ((words[..., i].astype(np.float64) + 0.5) * 2.0**-32 for i in range(2))
     radius = np.sqrt(-2 * np.log(u))
-    return np.stack([radius * np.cos(2 * np.pi * v), radius * np.sin(2 * np.pi * v)], -1).reshape(len(rows), -1)[
-        :, :count
-    ]
+    numbers = np.stack([radius * np.cos(2 * np.pi * v), radius * np.sin(2 * np.pi * v)], axis=-1)
+    return numbers.reshape(len(key), -1)[:, :count]
+
+
+def keyed_signs(key: Words, place: NDArray[np.integer[Any]], table: int, count: int) -> NDArray[np.float64]:
+    """`count` independent signs -1 and 1 for every row, likewise, `(rows, count)`; 32 of every word."""
+    bits = keyed_words(key, place, table, -(-count // 32))[..., None] >> np.arange(32, dtype=np.uint64)
+    return 1 - 2 * (bits & np.uint64(1)).reshape(len(key), -1)[:, :count].astype(np.float64)

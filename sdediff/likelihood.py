@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -40,9 +40,10 @@ from sdediff.density import Blur, FromData, standard_error_of, wide
 from sdediff.divergence import Divergence, divergence_for
 from sdediff.embedded import AdaptiveRungeKutta
 from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
-from sdediff.exact import Gaussian, GaussianMixture
+from sdediff.exact import GaussianMixture
 from sdediff.model import ScoreModel
 from sdediff.noise import RowNoise
+from sdediff.priors import Prior, is_gaussian, kl_to_prior
 from sdediff.runs import (
     bound_rows,
     check_arguments,
@@ -159,7 +160,7 @@ def log_prob(
         divergence: "exact", `Exact(...)`, `Hutchinson(probes, distribution)`, or "auto": exact up to 128 entries, else
             8 orthogonal probes. What was done is said in `settings`.
         prior: the distribution of the latents, anything with `log_prob(x) -> (batch,)`; the SDE's own if None, whose
-            likelihood is that of the samples of `sample`. See `matched_prior`.
+            likelihood is that of the samples of `sample`. See `sdediff.priors`.
         tail: "gaussian" for x that is data, whose density is corrected for the blur of t_min (see `sdediff.density`);
             "none" for x that is a state at t_min, such as `sample(..., final="none")` gives. None for "gaussian" where
             the SDE is linear.
@@ -211,34 +212,6 @@ def log_prob(
         value = value + sum_rows(wide(score * (y - y.detach())))
     settings = {**result.settings, "transform": None if transform is None else repr(transform)}
     return LogProb(**{**vars(result), "value": value, "estimates": result.estimates + log_det, "settings": settings})
-
-
-def matched_prior(sde: SDE, data: State, *, covariance: str = "full") -> Gaussian:
-    """`N(alpha m, alpha^2 C + sigma^2 I)` at t_max, with m and C the mean and covariance of data.
-
-    In place of the SDE's own prior it takes off what `prior_gap` sizes, but for third and higher moments. The same
-    for every row: give it training data, not the rows that are scored.
-
-    Args:
-        data: `(batch, *event)`, of the model's space.
-        covariance: "full", or "diagonal" where there are few rows or many entries.
-
-    Raises:
-        OptionError: unknown covariance.
-    """
-    check_state(data, "data")
-    if covariance not in ("full", "diagonal"):
-        raise OptionError(f"Unknown covariance {covariance!r}: write 'full' or 'diagonal'.")
-    if len(data) < 2:
-        raise ShapeError(f"matched_prior needs at least two rows of data; got {len(data)}.")
-    alpha, sigma = sde.linear().scales_at(torch.tensor(sde.t_max, dtype=torch.float64))
-    flat = data.detach().cpu().double().reshape(len(data), -1)
-    mean = (alpha * flat.mean(0)).reshape(data.shape[1:])
-    if covariance == "diagonal":
-        return Gaussian(mean, alpha**2 * flat.var(0) + sigma**2)
-    centred = flat - flat.mean(0)
-    cov = alpha**2 * centred.T @ centred / (len(data) - 1) + sigma**2 * torch.eye(flat.shape[1], dtype=torch.float64)
-    return Gaussian(mean, (cov + cov.T) / 2)
 
 
 class ModelDistribution(Distribution):
@@ -504,21 +477,11 @@ def _check_reached(tally: Tally, grid: Grid) -> None:
 
 
 def _prior_gap(model: ScoreModel, prior: HasLogProb, x: State) -> PerRow:
-    """KL divergence of `N(alpha_T x, sigma_T^2 I)` from the prior: its cross-entropy minus the entropy."""
-    x = wide(x).cpu()
-    unknown = torch.full((len(x),), math.nan, dtype=x.dtype)
-    if not model.is_linear or not isinstance(prior, Gaussian | Distribution):
-        return unknown
+    """KL divergence of `N(alpha_T x, sigma_T^2 I)` from the prior, where that is Gaussian."""
+    if not model.is_linear or not is_gaussian(prior):
+        return torch.full((len(x),), math.nan, dtype=torch.float64)
     alpha, sigma = model.linear.scales_at(torch.tensor(model.sde.t_max, dtype=torch.float64))
-    if isinstance(prior, Gaussian):
-        precision = (1 / prior.variances).sum()
-    elif isinstance(getattr(prior, "base_dist", None), torch.distributions.Normal):
-        precision = (1 / prior.variance).sum()
-    else:
-        return unknown
-    size = x[:1].numel()
-    at_mean = prior.log_prob(alpha.to(x) * x)
-    return sigma**2 * precision / 2 - at_mean - size / 2 * (1 + math.log(2 * math.pi * sigma.item() ** 2))
+    return kl_to_prior(cast(Prior, prior), alpha * x.detach().cpu().double(), sigma.item())
 
 
 # Path and divergence as one process.

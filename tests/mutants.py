@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -807,7 +810,7 @@ MUTANTS = [
 
 
 def killed(mutant: Mutant) -> bool:
-    """Whether the tests fail on a copy of the package with the change."""
+    """Whether the tests fail on a copy of the package with the change; for a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         shutil.copytree(ROOT / "sdediff", copy / "sdediff", ignore=shutil.ignore_patterns("__pycache__"))
@@ -819,24 +822,23 @@ def killed(mutant: Mutant) -> bool:
         changed = text.replace(mutant.original, mutant.changed)
         compile(changed, str(file), "exec")
         file.write_text(changed)
-        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-n", "0"]
-        command += [f"tests/{name}" for name in mutant.tests]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(copy),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "HYPOTHESIS_PROFILE": "mutants",
-        }
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-        return done.returncode in (1, 2)  # a test failed, or its module could not even be imported
+        os.chdir(copy)
+        sys.path[:0] = [str(copy), str(copy / "tests")]
+        sys.dont_write_bytecode = True
+        os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_PROFILE": "mutants"}
+        with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
+            code = pytest.main(["-x", "-p", "no:cacheprovider", "-n", "0", *(f"tests/{n}" for n in mutant.tests)])
+        return code in (1, 2)  # a test failed, or its module could not even be imported
 
 
 def main(modules: list[str]) -> int:
     """Run the mutants of these modules (all if none are named); the number that survive."""
     chosen = [m for m in MUTANTS if not modules or m.module in modules]
     survivors = 0
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        for mutant, dead in zip(chosen, pool.map(killed, chosen), strict=True):
+    for heavy in ("torch", "numpy", "scipy", "torchdiffeq", "torchsde", "matplotlib.pyplot"):
+        import_module(heavy)  # once, before the forks; the package itself must not be loaded here
+    with get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        for mutant, dead in zip(chosen, pool.imap(killed, chosen), strict=True):
             survivors += not dead
             print(
                 f"{'killed  ' if dead else 'SURVIVED'} {mutant.module}: {mutant.original} -> {mutant.changed}",
