@@ -142,7 +142,7 @@ def bits_per_dim(
 
 def _first_time(options: dict[str, Any]) -> float | None:
     times = options.get("times")
-    return options.get("t_min") if times is None else float(times[0])
+    return options.get("t_min") if times is None or len(times) == 0 else float(times[0])
 
 
 def _dequantizer(

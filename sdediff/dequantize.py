@@ -105,7 +105,7 @@ class Bins:
             raise OptionError(f"interval must be (low, high), finite, with low < high; got {interval}.")
         place = f"[{low:g}, {high:g}]" if transform is None else " ".join(repr(transform).split())
         map_of = AffineTransform(low, (high - low) / levels) if transform is None else transform
-        bins = cls(codes, levels, map_of, place, model, model.sde.t_min if t_min is None else t_min)
+        bins = cls(codes.long(), levels, map_of, place, model, model.sde.t_min if t_min is None else t_min)
         bins._check_resolved()
         return bins
 
@@ -341,8 +341,9 @@ def _check_codes(codes: object, levels: object) -> None:
         raise ShapeError(
             f"bits_per_dim needs at least one row with one entry; got codes of shape {tuple(codes.shape)}."
         )
-    if codes.min() < 0 or codes.max() >= levels:
-        raise OptionError(f"Codes must lie in 0..{levels - 1}; got {codes.min().item()}..{codes.max().item()}.")
+    least, most = (int(code) for code in codes.long().aminmax())
+    if least < 0 or most >= levels:
+        raise OptionError(f"Codes must lie in 0..{levels - 1}; got {least}..{most}.")
 
 
 def _normals(bins: Bins, seed: int, sample: int) -> State:

@@ -512,7 +512,10 @@ MUTANTS = [
         ("-self.value * self.entries * math.log(2)", "-self.value * self.entries"),
         ("self.value.std().item() / math.sqrt(len(self.value))", "self.value.std().item()"),
         ("nfe + result.nfe", "result.nfe"),
-        ("""options.get("t_min") if times is None else float(times[0])""", """options.get("t_min")"""),
+        (
+            """options.get("t_min") if times is None or len(times) == 0 else float(times[0])""",
+            """options.get("t_min")""",
+        ),
         ('if given not in (None, "none"):', "if False:"),
     ),
     *_of(

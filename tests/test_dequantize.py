@@ -117,7 +117,7 @@ def truncated(ratio, levels, low, code):
 def test_points_for_networks_of_any_dtype_stay_in_their_bins(dtype, ratio):
     sde = sd.VE(sigma_min=1e-6, sigma_max=1e5)
     model = sd.ScoreModel(sd.networks.MLP((3, 2), width=4, depth=1).to(dtype), sde)
-    codes = torch.randint(0, 256, (500, 3, 2), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(0, 256, (500, 3, 2), generator=torch.Generator().manual_seed(0)).to(torch.uint16)
     bins = deq.Bins.of(model, codes, levels=256, t_min=time_of(sde, 2 / 256 / ratio))
     assert bins.dtype == dtype
     low, high = bins.edges()
