@@ -28,7 +28,6 @@ from sdediff.divergence import Exact as Exact
 from sdediff.divergence import Hutchinson as Hutchinson
 from sdediff.elbo import ELBO as ELBO
 from sdediff.elbo import DenoisingLogProb as DenoisingLogProb
-from sdediff.elbo import ELBO as ELBO
 from sdediff.elbo import SDEBound as SDEBound
 from sdediff.elbo import denoising_log_prob as denoising_log_prob
 from sdediff.elbo import elbo as elbo
