@@ -20,13 +20,16 @@ whose density is known by the score, which comes from the same call. The error o
 the second part for exact divergences only. Both estimates belong to the predictor, and flatter the corrector less than
 they could.
 
-Data stands at t = 0, the path begins at t_min. With `s = sigma / alpha` there, y = x / alpha, g the score of y and
-`K = alpha dE[x_0 | x] / dx` the Jacobian of the denoiser (s^2 K is the covariance of `x_0` given y),
+Data x stands at t = 0, the path begins at t_min. With `s = sigma / alpha` there, D and g the denoiser and the score of
+the blurred density p_s at x, and K = dD/dx the denoiser's Jacobian (s^2 K is the covariance of `x_0` given x), the flow
+from 0 to t_min is, if p_0 is Gaussian within a few s of x, whatever its covariance,
 
-    log p_0(y) = log p_y(y) - s^2 g^T K^-1 g / 2 - log det K / 2,    score of p_0: K^-1 g,
+    y = x + (K^(1/2) + K)^-1 (x - D) = x - s^2 (K^(1/2) + K)^-1 g,        log p_0(x) = log p_s(y) - log det K / 2,
 
-if p_0 is Gaussian within a few s of y, whatever its covariance; in general to first order in s^2, where it is
-`-s^2 (|g|^2 + div g) / 2`, the heat equation. With probes, K is taken for a multiple of the identity.
+and in general wrong by terms of order s^4. It is a change of variables, so that a network whose score is off near t_min
+leaves the density normalised. In terms of the score, `log p_0(x) - log p_s(x) = -(s^2 g^T K^-1 g + log det K) / 2`,
+to first order `-s^2 (|g|^2 + div g) / 2`, the heat equation; and the score of p_0 is `K^-1 g`. With probes, K is taken
+for a multiple of the identity.
 
 References: Chen et al. 2018 (arXiv:1806.07366); Song et al. 2021 (arXiv:2011.13456), appendix D.2; Efron 2011 and
 Meng et al. 2021 (arXiv:2111.04726) for K.
@@ -36,7 +39,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -57,12 +60,17 @@ class Blur:
     """What lies between data and the states at t_min.
 
     Attributes:
-        gap: `log p_0(x / alpha) - log p_y(x / alpha)` in nats, `(batch,)`; infinite where K is not positive definite.
+        log_det: `log det dy/dx = -log det K / 2` in nats, `(batch,)`.
+        gap: `log p_0(x) - log p_s(x)` in nats as the score has it, `(batch,)`; infinite where K is not positive
+            definite, no smooth density explains the model, and y = x.
         score: of p_0, `(batch, *event)`.
+        variance: of the log-determinant, `(batch,)`, where it was taken by probes.
     """
 
+    log_det: PerRow
     gap: PerRow
     score: State
+    variance: PerRow
 
 
 class DensityRows(AdamsRows):
@@ -163,11 +171,10 @@ class DensityRows(AdamsRows):
 
     def begin(self) -> None:
         """The evaluation at the first time."""
-        self._remember(self.evaluate(self.model, np.arange(len(self.x)), self.t, self.x), self.new_forms)
-
-    def _remember(self, values: State, forms: Tensor) -> None:
-        self.values[0], self.forms[0] = values, forms
-        self.spread[0] = self._spread(forms)
+        self.values[0] = self.evaluate(self.model, np.arange(len(self.x)), self.t, self.x.clone())
+        self.first_score = self.score
+        self.forms[0] = self.new_forms
+        self.spread[0] = self._spread(self.new_forms)
         self.place += 1
 
     def _expand(self, model: ScoreModel, t: Tensor, x: State) -> Expansion:
@@ -215,7 +222,7 @@ class DensityRows(AdamsRows):
 
 
 class FromData(DensityRows):
-    """Rows that begin at data.
+    """Rows that begin at data, `alpha x` when given, and are moved to t_min first.
 
     Attributes:
         blur: what lies between data and the states at t_min.
@@ -224,58 +231,73 @@ class FromData(DensityRows):
     blur: Blur
 
     def begin(self) -> None:
-        """The evaluation at t_min, of a few rows at a time where whole Jacobians are wanted."""
+        """The move, of a few rows at a time where whole Jacobians are wanted, and the evaluation at t_min."""
         exact = isinstance(self.divergence, Exact)
         fitting = max(1, _ENTRIES_OF_JACOBIANS // self.size**2) if exact else len(self.x)
-        values, forms, gaps, scores = [], [], [], []
-        for rows in np.array_split(np.arange(len(self.x)), -(-len(self.x) // fitting)):
-            index = torch.from_numpy(rows)
-            x, t = self.x[index], self.t[index]
-            expansion = self._expand(self.model.rows(index, len(self.x)), t, x)
-            vectors = self.divergence.draw(x, self.seed, self.first_row + rows, self.place[rows])
-            if exact:
-                jacobian = _jacobian(expansion, self.divergence.chunks(vectors))
-                estimates = jacobian.diagonal(dim1=1, dim2=2).sum(1)[None]
-                blur = self._deblurred(t, expansion.extra, jacobian)
-            else:
-                estimates = self.divergence.estimate(expansion, vectors)
-                blur = self._deblurred_by_probes(t, expansion.extra, estimates)
-            values.append(expansion.value)
-            forms.append(self._forms(t, estimates))
-            gaps.append(blur.gap)
-            scores.append(blur.score)
-        self._remember(torch.cat(values), torch.cat(forms, dim=1))
-        self.blur = Blur(torch.cat(gaps), torch.cat(scores))
+        parts = np.array_split(np.arange(len(self.x)), -(-len(self.x) // fitting))
+        moved, blurs = zip(*(self._moved(rows) for rows in parts), strict=True)
+        self.x = torch.cat(moved)
+        self.blur = Blur(*(torch.cat([getattr(blur, f.name) for blur in blurs]) for f in fields(Blur)))
+        self.variance, self.fourth = self.blur.variance, self.blur.variance**2
+        self.nfe += 1
+        self.place += 1
+        super().begin()
 
-    def _jacobian_of_denoiser(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """alpha, sigma, and (a, b) of `K = a I + b dQ / dx`."""
+    def _moved(self, rows: Rows) -> tuple[State, Blur]:
+        """States at t_min for some rows of data."""
+        index = torch.from_numpy(rows)
+        x, t = self.x[index], self.t[index]
+        expansion = self._expand(self.model.rows(index, len(self.x)), t, x)
+        vectors = self.divergence.draw(x, self.seed, self.first_row + rows, self.place[rows])
         alpha, sigma = self.sde.scales_at(t)
         c = self.splitting.sigma_data
         k = torch.hypot(c * alpha, sigma)
-        return alpha, sigma, torch.stack([(c * alpha / k) ** 2, c * alpha * sigma / k])
+        own, slope = (c * alpha / k) ** 2, c * alpha * sigma / k  # K = own I + slope dQ/dx
+        g = wide(over(alpha, x) * expansion.extra)
+        own, slope, square = (value.to(g) for value in (own, slope, (sigma / alpha) ** 2))
+        if isinstance(self.divergence, Exact):
+            jacobian = wide(_jacobian(expansion, self.divergence.chunks(vectors)))
+            eye = torch.eye(self.size).to(jacobian)
+            K = over(slope, jacobian) * (jacobian + jacobian.mT) / 2 + over(own, jacobian) * eye
+            move, blur = _by_jacobian(K, g, square)
+        else:
+            forms = wide(self.divergence.estimate(expansion, vectors))
+            mean = own + slope * forms.mean(0) / self.size
+            move, blur = _by_mean(mean, slope**2 * self._spread(forms), g, square)
+        return x + (over(alpha, g) * move).to(x), blur
 
-    def _deblurred(self, t: Tensor, score: State, jacobian: Tensor) -> Blur:
-        alpha, sigma, (own, times) = self._jacobian_of_denoiser(t)
-        g = wide(over(alpha, score) * score).reshape(len(score), -1, 1)
-        K = wide(jacobian + jacobian.mT) / 2 * times.to(g)[:, None, None]
-        K = K + torch.diag_embed(own.to(g)[:, None].expand(g.shape[:2]))
-        root, failed = torch.linalg.cholesky_ex(K)
-        fine = failed == 0
-        root = torch.where(fine[:, None, None], root, torch.eye(self.size).to(root))
-        solved = torch.cholesky_solve(g, root)
-        half_log_det = root.diagonal(dim1=1, dim2=2).log().sum(1)
-        gap = -((sigma / alpha).to(g) ** 2) / 2 * (g * solved).sum((1, 2)) - half_log_det
-        direction = torch.where(fine[:, None, None], solved, g).reshape(score.shape).to(score)
-        return Blur(torch.where(fine, gap, math.inf), direction)
 
-    def _deblurred_by_probes(self, t: Tensor, score: State, estimates: Tensor) -> Blur:
-        alpha, sigma, (own, times) = self._jacobian_of_denoiser(t)
-        g = wide(over(alpha, score) * score)
-        mean = own.to(g) + times.to(g) * wide(estimates).mean(0) / self.size
-        fine = mean > 0
-        kappa = torch.where(fine, mean, 1.0)
-        gap = -((sigma / alpha).to(g) ** 2) / 2 * sum_rows(g**2) / kappa - self.size / 2 * kappa.log()
-        return Blur(torch.where(fine, gap, math.inf), (g / over(kappa, g)).to(score))
+def _by_jacobian(K: Tensor, g: State, square: PerRow) -> tuple[State, Blur]:
+    """The move and the blur for Jacobians `(rows, size, size)`; where one is not positive definite, there is none."""
+    values, axes = torch.linalg.eigh(K)
+    fine = values[:, 0] > 0
+    values = torch.where(fine[:, None], values, 1.0)
+    along = (axes.mT @ g.reshape(len(g), -1, 1))[..., 0]
+    move, score = ((axes @ (along / d)[..., None]).reshape(g.shape) for d in (values.sqrt() + values, values))
+    log_det = -values.log().sum(1) / 2
+    gap = log_det - square * (along**2 / values).sum(1) / 2
+    return _where(fine, g, square, move, Blur(log_det, gap, score, torch.zeros_like(gap)))
+
+
+def _by_mean(mean: PerRow, variance: PerRow, g: State, square: PerRow) -> tuple[State, Blur]:
+    """The same for multiples of the identity; the variance is that of `mean` times the number of entries."""
+    fine = mean > 0
+    mean = torch.where(fine, mean, 1.0)
+    log_det = -g[:1].numel() / 2 * mean.log()
+    gap = log_det - square * sum_rows(g**2) / mean / 2
+    blur = Blur(log_det, gap, g / over(mean, g), variance / (2 * mean) ** 2)
+    return _where(fine, g, square, g / over(mean.sqrt() + mean, g), blur)
+
+
+def _where(fine: Tensor, g: State, square: PerRow, move: State, blur: Blur) -> tuple[State, Blur]:
+    """What there is, and no move where there is none."""
+    rows = fine.reshape(-1, *[1] * (g.ndim - 1))
+    return torch.where(rows, -over(square, g) * move, 0.0), Blur(
+        log_det=torch.where(fine, blur.log_det, 0.0),
+        gap=torch.where(fine, blur.gap, math.inf),
+        score=torch.where(rows, blur.score, g),
+        variance=torch.where(fine, blur.variance, 0.0),
+    )
 
 
 def _jacobian(expansion: Expansion, chunks: Sequence[Tensor]) -> Tensor:

@@ -50,7 +50,7 @@ from sdediff.density import wide
 from sdediff.draws import RowDraws, mix
 from sdediff.errors import CapabilityError, OptionError, ShapeError
 from sdediff.model import ScoreModel, rows_of
-from sdediff.sampling import evaluating, like_state
+from sdediff.runs import evaluating, like_state
 from sdediff.sde import fresh_seed
 from sdediff.shapes import Codes, PerRow, State, sum_rows
 

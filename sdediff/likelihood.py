@@ -15,7 +15,7 @@ Four things may stand between the number and the truth, and each is given beside
 |---|---|---|
 | the solver | `error` | the tolerance |
 | the probes | `stderr` | falls as the root of their number; 0 for the exact divergence |
-| the data end, p_0 against p_{t_min} | `tail_gap` | added to the value, unless `tail="none"` |
+| the data end, p_0 against p_{t_min} | `tail_gap` | taken off the value, unless `tail="none"` |
 | the noise end, p_T against the prior | `prior_gap` | its mean over data bounds the bias; see `matched_prior` |
 
 `prior_gap` is the KL divergence of `p(x_T | x_0 = x)` from the prior.
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
 
-from sdediff.density import Blur, FromData, standard_error_of, wide
+from sdediff.density import DensityRows, FromData, standard_error_of, wide
 from sdediff.divergence import Divergence, divergence_for
 from sdediff.embedded import AdaptiveRungeKutta
 from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
@@ -45,6 +45,7 @@ from sdediff.model import ScoreModel
 from sdediff.noise import RowNoise
 from sdediff.priors import Prior, is_gaussian, kl_to_prior
 from sdediff.runs import (
+    Counter,
     bound_rows,
     check_arguments,
     chunks_of,
@@ -84,8 +85,9 @@ class LogProb:
         accepted, rejected: steps, `(batch,)`, or summed over the batch if its rows step together.
         prior_gap: KL divergence of `p(x_T | x_0 = x)` from the prior in nats, `(batch,)`; its mean over data bounds
             what the prior misses of p_T. NaN with a prior that is not Gaussian.
-        tail_gap: `log p_0 - log p_{t_min}` in nats, `(batch,)`, already in the value unless `tail="none"`; infinite,
-            and not in it, where no smooth density explains the model near the data. NaN for an SDE that is not linear.
+        tail_gap: `log p_0 - log p_{t_min}` in nats as the score at t_min has it, `(batch,)`: the size of what is taken
+            off the value. Infinite, and not taken off, where no smooth density explains the model near the data; NaN
+            with `tail="none"`.
         estimates: one value for each probe, `(probes, batch)`; their mean is `value`. With the same seed and grid, two
             models share their probes: see `minus`.
         settings: the method, divergence, span, ends and seed that gave the number.
@@ -144,8 +146,8 @@ def log_prob(
 ) -> LogProb:
     """Log-likelihood of data under the model's probability-flow ODE, in nats.
 
-    Where x requires a gradient, that of the value is the model's score of the data (as long as `differentiable` is
-    not set), which costs nothing.
+    Where x requires a gradient, that of the value is the score of the data as the model has it at t_min (as long as
+    `differentiable` is not set, and with the default method), which costs nothing.
 
     Args:
         model: the score and the SDE.
@@ -341,16 +343,17 @@ def _check_differentiable(model: ScoreModel, x: State, t: Tensor, condition: Any
 
 @dataclass
 class _Part:
-    """The likelihood of some rows."""
+    """The likelihood of some rows: `estimates` of log p(start) - log p(end), `(count, rows)`, and what they cost."""
 
     estimates: Tensor
-    """`log p(start) - log p(end)`, `(count, rows)`."""
     stderr: PerRow
     error: PerRow
     latent: State
     nfe: int
     row_nfe: Tensor | None
     tally: Tally
+    gap: PerRow
+    score: State | None
 
 
 def _integrate(
@@ -362,27 +365,24 @@ def _integrate(
     condition: Any,
     batch_size: int | None,
 ) -> tuple[LogProb, State | None]:
+    """The likelihood, and its gradient as far as it comes free of charge."""
     event, size = tuple(x.shape[1:]), math.prod(x.shape[1:])
     terminal: HasLogProb = model.sde.prior(event, dtype=torch.float64) if prior is None else prior
-    alpha = model.linear.alpha(grid[0]) if run.tail == "gaussian" else torch.ones((), dtype=torch.float64)
-    parts, blurs, ends = [], [], []
+    parts, ends = [], []
     for rows in chunks_of(x.shape[0], batch_size):
         bound, counter = bound_rows(model, condition, rows, x.shape[0])
-        start = over(alpha, x) * x[rows]
+        solve = _by_rows if run.solver is None else _together
         try:
-            part, blur = _solve(run, bound, counter, start, grid, rows.start)
+            part = solve(run, bound, counter, x[rows], grid, rows.start)
             _check_reached(part.tally, grid)
         except DivergenceError as error:
             raise error.shifted(rows.start) from error
         parts.append(part)
-        blurs.append(blur)
         ends.append(_at_end(terminal, part.latent))
     joined = torch.cat([part.estimates for part in parts], dim=1) + torch.cat(ends)
-    gap = torch.cat([blur.gap for blur in blurs])
-    if run.tail == "gaussian":
-        joined = joined + torch.where(gap.isfinite(), gap, 0.0) + size * alpha.log().to(gap)
     tally = merged([part.tally for part in parts])
     row_nfe = None if parts[0].row_nfe is None else torch.cat([p.row_nfe for p in parts if p.row_nfe is not None])
+    scores = [part.score for part in parts if part.score is not None]
     result = LogProb(
         value=joined.mean(0),
         stderr=torch.cat([part.stderr for part in parts]),
@@ -393,11 +393,11 @@ def _integrate(
         accepted=tally.accepted,
         rejected=tally.rejected,
         prior_gap=_prior_gap(model, terminal, x.detach()),
-        tail_gap=gap,
+        tail_gap=torch.cat([part.gap for part in parts]),
         estimates=joined,
         settings=_settings(run, grid, prior, size),
     )
-    return result, torch.cat([over(alpha, b.score) * b.score for b in blurs]) if model.is_linear else None
+    return result, torch.cat(scores) if scores else None
 
 
 def _settings(run: _Run, grid: Grid, prior: HasLogProb | None, size: int) -> dict[str, Any]:
@@ -418,42 +418,57 @@ def _settings(run: _Run, grid: Grid, prior: HasLogProb | None, size: int) -> dic
     }
 
 
-def _solve(run: _Run, model: ScoreModel, counter: Any, x: State, grid: Grid, first_row: int) -> tuple[_Part, Blur]:
-    """The likelihood of some rows up to the density of the latents, and what t_min takes off it."""
-    if run.solver is not None:
-        return _together(run, run.solver, model, counter, x, grid, first_row)
+def _from_data(run: _Run, model: ScoreModel, x: State, grid: Grid, first_row: int) -> tuple[FromData, Tensor]:
+    """Rows moved from data to t_min, and `log p_0(x) - log p_{t_min}(where they are)`, `(rows,)`."""
+    alpha = model.linear.alpha(grid[0])
     rows = FromData(
-        model, x, grid, run.divergence, seed=run.seed, first_row=first_row, atol=run.atol, max_nfe=run.max_nfe
-    )
+        model, over(alpha, x) * x, grid, run.divergence,
+        seed=run.seed, first_row=first_row, atol=run.atol, max_nfe=run.max_nfe,
+    )  # fmt: skip
+    return rows, rows.blur.log_det + x[:1].numel() * alpha.log().to(rows.blur.log_det)
+
+
+def _by_rows(run: _Run, model: ScoreModel, counter: Counter, x: State, grid: Grid, first_row: int) -> _Part:
+    """The likelihood of some rows up to the density of the latents, with steps for every row or those of a grid."""
+    rows: DensityRows
+    if run.tail == "gaussian":
+        data, log_det = _from_data(run, model, x, grid, first_row)
+        rows, gap, score = data, data.blur.gap, data.blur.score
+    else:
+        rows = DensityRows(
+            model, x, grid, run.divergence, seed=run.seed, first_row=first_row, atol=run.atol, max_nfe=run.max_nfe
+        )
+        log_det = torch.zeros_like(rows.variance)
+        gap, score = torch.full_like(log_det, math.nan), rows.first_score
     for target in range(1, len(grid)):
         rows.run(target)
         if run.atol is None:
             finite_or_raise(rows.x, "The state", step=target - 1, time=grid[target].item())
     tally = Tally(rows.accepted, rows.rejected, rows.nfe, rows.t)
-    part = _Part(rows.change, rows.stderr, rows.error_estimate, rows.x, int(rows.nfe.max()), rows.nfe, tally)
-    return part, rows.blur
+    nfe = int(rows.nfe.max())
+    return _Part(rows.change + log_det, rows.stderr, rows.error_estimate, rows.x, nfe, rows.nfe, tally, gap, score)
 
 
-def _together(
-    run: _Run, solver: Solver, model: ScoreModel, counter: Any, x: State, grid: Grid, first_row: int
-) -> tuple[_Part, Blur]:
-    size, divergence = x[:1].numel(), run.divergence
-    rows = np.arange(len(x))
-    if model.is_linear:
-        blur = FromData(model, x, grid, divergence, seed=run.seed, first_row=first_row, atol=None).blur
-    else:
-        blur = Blur(torch.full_like(wide(x).reshape(len(x), -1)[:, 0], math.nan), torch.zeros_like(x))
-    vectors = divergence.draw(x, run.seed, first_row + rows, np.zeros_like(rows))
+def _together(run: _Run, model: ScoreModel, counter: Counter, x: State, grid: Grid, first_row: int) -> _Part:
+    """The same with path and divergence as one process, by a solver."""
+    assert run.solver is not None
+    size, divergence, numbers = x[:1].numel(), run.divergence, np.arange(len(x))
+    start, zero = x, wide(x).reshape(len(x), -1)[:, 0] * 0
+    gap, score, log_det, variance = zero + math.nan, None, zero, zero
+    if run.tail == "gaussian":
+        data, log_det = _from_data(run, model, x, grid, first_row)
+        start, gap, score, variance = data.x, data.blur.gap, data.blur.score, data.blur.variance
+    vectors = divergence.draw(x, run.seed, first_row + numbers, 0 * numbers)
     process = _WithLogDensity(model, divergence, vectors, tuple(x.shape[1:]))
-    state = torch.cat([_flat(x), x.new_zeros(len(x), divergence.count)], dim=1)
+    state = torch.cat([_flat(start), x.new_zeros(len(x), divergence.count)], dim=1)
     silent, tally = RowNoise(0).open, Tally()
-    *_, end = solver.solve(process, state, grid, silent(), tally)
+    *_, end = run.solver.solve(process, state, grid, silent(), tally)
     nfe = counter.calls
-    explain(solver, process, state, end, grid, silent)
+    explain(run.solver, process, state, end, grid, silent)
     estimates = wide(end[:, size:]).T
-    stderr = standard_error_of(estimates, divergence.random)
+    stderr = (standard_error_of(estimates, divergence.random) ** 2 + variance).sqrt()
     latent = end[:, :size].reshape(x.shape)
-    return _Part(estimates, stderr, torch.full_like(stderr, math.nan), latent, nfe, tally.nfe, tally), blur
+    return _Part(estimates + log_det, stderr, zero + math.nan, latent, nfe, tally.nfe, tally, gap, score)
 
 
 def _at_end(prior: HasLogProb, latent: State) -> PerRow:

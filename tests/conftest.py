@@ -1,9 +1,13 @@
 """Profiles of hypothesis, and one thread for every test process."""
 
 import os
+import warnings
 
 import torch
 from hypothesis import HealthCheck, Phase, settings
+
+with warnings.catch_warnings(action="ignore"):  # torch.jit, on the first use of forward mode
+    import torch._decomp.decompositions_for_jvp  # noqa: F401
 
 torch.set_num_threads(1)
 

@@ -6,10 +6,10 @@ import torch
 from helpers import NAMED, TwoFunctions, name
 
 import sdediff as sd
-from sdediff import embedded
+from sdediff import Exact, Hutchinson, embedded
 from sdediff.embedded import AdaptiveRungeKutta, add_rows, norm
 from sdediff.errors import CapabilityError, DivergenceError, OptionError
-from sdediff.likelihood import Exact, Hutchinson, _WithLogDensity
+from sdediff.likelihood import _WithLogDensity
 from sdediff.solvers import Tally
 
 F64 = torch.float64
@@ -347,8 +347,9 @@ def test_a_likelihood_under_conditions():
 @pytest.mark.parametrize("divergence", [Exact(), Hutchinson(3)], ids=str)
 def test_the_rows_of_the_augmented_process(divergence):
     model, x = RING.model(VP), RING.sample(5, seed=0)
-    process = _WithLogDensity(model, divergence, divergence.draw(x, 1, 0), (2,))
-    y, t = torch.cat([x, torch.zeros(5, divergence.columns(x), dtype=F64)], 1), torch.linspace(0.1, 0.9, 5, dtype=F64)
+    vectors = divergence.draw(x, 1, np.arange(5), np.zeros(5, dtype=int))
+    process = _WithLogDensity(model, divergence, vectors, (2,))
+    y, t = torch.cat([x, torch.zeros(5, divergence.count, dtype=F64)], 1), torch.linspace(0.1, 0.9, 5, dtype=F64)
     whole, silent = process.coefficients(t, y)
     assert silent == 0
     index = torch.tensor([4, 1])

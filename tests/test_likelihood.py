@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import NAMED, TwoFunctions, name
+from scipy.special import stdtrit
 
 import sdediff as sd
 from sdediff.divergence import Expansion, vector_jacobian
@@ -97,20 +98,21 @@ def test_networks_without_batched_backward_fall_back_to_a_loop():
 
 
 def test_hutchinson_is_unbiased_with_an_honest_error_bar_that_falls_as_one_over_k():
-    sde, target = sd.VP(), gaussian(6)
+    sde, target = sd.VP(), gaussian(20)
     x = target.sample(400, seed=0)
     model, end = target.model(sde), target.marginal(sde, 1.0)
-    truth = target.marginal(sde, sde.t_min).log_prob(x)
+    truth = target.log_prob(x)
     variances = []
     for probes in (4, 16):
         result = sd.log_prob(model, x, solver=sd.TorchDiffEq(), prior=end, divergence=sd.Hutchinson(probes), seed=3)
         off = result.value - truth
         assert abs(off.mean()) < 5 * off.std() / 400**0.5 + 1e-3
         variances.append(off.square().mean().item())
-        assert result.stderr.square().mean().item() == pytest.approx(variances[-1], rel=0.25)
+        widened = stdtrit(probes - 1, 0.975) / 2
+        assert (result.stderr / widened).square().mean().item() == pytest.approx(variances[-1], rel=0.25)
     assert variances[0] / variances[1] == pytest.approx(4, rel=0.35)
-    inside = (off.abs() < 3 * result.stderr + 1e-3).double().mean()
-    assert inside > 0.96  # Student's t with 15 degrees of freedom: 0.991
+    inside = (off.abs() < 2 * result.stderr + 1e-3).double().mean()
+    assert inside == pytest.approx(0.95, abs=0.033)  # 3 standard deviations of the share among 400 rows
 
 
 def test_a_single_probe_has_no_error_bar():
@@ -138,9 +140,10 @@ def test_our_own_steppers_give_likelihoods_of_their_order(solver, order):
     exact = target.marginal(sde, 1e-2).log_prob(x)
     end = target.marginal(sde, 1.0)
     errors = [
-        (sd.log_prob(target.model(sde), x, solver=solver, steps=n, t_min=1e-2, prior=end).value - exact).abs().mean()
+        (sd.log_prob(target.model(sde), x, solver=solver, steps=n, t_min=1e-2, prior=end, tail="none").value - exact)
         for n in (40, 80, 160)
     ]
+    errors = [error.abs().mean() for error in errors]
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.3)
     assert errors[1] / errors[2] == pytest.approx(2**order, rel=0.3)
 
@@ -152,9 +155,8 @@ def test_the_prior_gap_is_the_kl_divergence_of_the_last_kernel():
     q = torch.distributions.Normal(sde.alpha(1.0) * x, sde.sigma(1.0))
     p = torch.distributions.Normal(torch.zeros_like(x), sde.sigma(1.0))
     torch.testing.assert_close(result.prior_gap, torch.distributions.kl_divergence(q, p).sum(1))
-    assert result.settings["divergence"] == "Exact()"
-    assert result.accepted > 0
-    assert result.nfe > 10
+    assert (result.accepted > 5).all()
+    assert result.nfe == result.row_nfe.max() > 10
 
 
 def test_an_affine_change_of_data_shifts_log_p_by_the_log_determinant():
@@ -184,8 +186,8 @@ def test_networks_that_hide_their_dependence_on_x_are_refused():
             log_p = target.marginal(sd.VP(), t[0]).log_prob(at).sum()
             return torch.autograd.grad(log_p, at, create_graph=True)[0]
 
-    a = sd.log_prob(sd.ScoreModel(energy, sd.VP(), "score"), x).value
-    torch.testing.assert_close(a, sd.log_prob(model, x).value, rtol=1e-3, atol=1e-3)
+    a = sd.log_prob(sd.ScoreModel(energy, sd.VP(), "score"), x, steps=60).value  # one time for all rows
+    torch.testing.assert_close(a, sd.log_prob(model, x).value, rtol=0, atol=1e-3)
     constant = sd.ScoreModel(lambda x, t: torch.ones_like(x), sd.VP(), "data")
     assert sd.log_prob(constant, x).value.isfinite().all()
 
@@ -196,9 +198,18 @@ def test_a_grid_that_ends_elsewhere_needs_its_own_prior():
     with pytest.raises(sd.TimeError, match="pass prior="):
         sd.log_prob(model, x, times=times)
     result = sd.log_prob(model, x, times=times, solver=TIGHT, prior=target.marginal(sd.VP(), 0.2))
-    exact = target.marginal(sd.VP(), 1e-5).log_prob(x)
-    torch.testing.assert_close(result.value, exact, rtol=0, atol=1e-4)
-    assert result.prior_gap.isnan().all()
+    torch.testing.assert_close(result.value, target.log_prob(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.xfail(strict=True, reason="prior_gap takes alpha and sigma at the SDE's t_max, not at the grid's last time")
+def test_the_prior_gap_is_that_of_the_last_time():
+    target, sde = gaussian(2), sd.VP()
+    x, end = target.sample(3, seed=0), target.marginal(sde, 0.2)
+    result = sd.log_prob(target.model(sde), x, times=[1e-5, 0.1, 0.2], prior=end)
+    eye = torch.eye(2, dtype=F64)
+    kernel = torch.distributions.MultivariateNormal(sde.alpha(0.2) * x, sde.sigma(0.2) ** 2 * eye)
+    gap = torch.distributions.kl_divergence(kernel, torch.distributions.MultivariateNormal(end.mean, end.cov))
+    torch.testing.assert_close(result.prior_gap, gap)
 
 
 def test_a_nonlinear_sde_has_a_likelihood_when_the_prior_is_given():
