@@ -69,7 +69,15 @@ _INTERNAL = {"sdediff.moments", "sdediff.report"}
 
 
 def _cells(row: str) -> list[str]:
-    return [cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip().strip("|"))]
+    """Cells of a Markdown row; bars inside of code, as in `|x|`, are no borders."""
+    inside = re.sub(r"`[^`]*`", lambda code: code[0].replace("|", "\0"), row.strip().strip("|"))
+    return [cell.strip().replace("\0", "|") for cell in re.split(r"(?<!\\)\|", inside)]
+
+
+def _bars(line: str) -> str:
+    """Bars outside of code escaped: reST takes `|x|` for a substitution."""
+    parts = line.split("`")
+    return "`".join(part.replace("|", r"\|") if i % 2 == 0 else part for i, part in enumerate(parts))
 
 
 def _table(rows: list[str]) -> list[str]:
@@ -98,7 +106,7 @@ def _readable(app: Sphinx, what: str, name: str, obj: object, options: Any, line
             out += [".. code-block:: text", "", *lines[i:end], ""]
         else:
             end = i + 1
-            out.append(line)
+            out.append(_bars(line))
         i = end
     lines[:] = _split_attributes(out)
 
