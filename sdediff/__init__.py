@@ -17,6 +17,12 @@ from sdediff.adaptive import Adaptive as Adaptive
 from sdediff.adaptive_sde import AdaptiveStochastic as AdaptiveStochastic
 from sdediff.bits import BitsPerDim as BitsPerDim
 from sdediff.bits import bits_per_dim as bits_per_dim
+from sdediff.bounds import ELBO as ELBO
+from sdediff.bounds import DenoisingLogProb as DenoisingLogProb
+from sdediff.bounds import SDEBound as SDEBound
+from sdediff.bounds import denoising_log_prob as denoising_log_prob
+from sdediff.bounds import elbo as elbo
+from sdediff.bounds import sde_bound as sde_bound
 from sdediff.calibration import Calibration as Calibration
 from sdediff.calibration import calibrate as calibrate
 from sdediff.denoised import clamp_denoised as clamp_denoised
@@ -26,12 +32,6 @@ from sdediff.dequantize import Dequantizer as Dequantizer
 from sdediff.divergence import Divergence as Divergence
 from sdediff.divergence import Exact as Exact
 from sdediff.divergence import Hutchinson as Hutchinson
-from sdediff.elbo import ELBO as ELBO
-from sdediff.elbo import DenoisingLogProb as DenoisingLogProb
-from sdediff.elbo import SDEBound as SDEBound
-from sdediff.elbo import denoising_log_prob as denoising_log_prob
-from sdediff.elbo import elbo as elbo
-from sdediff.elbo import sde_bound as sde_bound
 from sdediff.embedded import AdaptiveRungeKutta as AdaptiveRungeKutta
 from sdediff.errors import CapabilityError as CapabilityError
 from sdediff.errors import CheckFailure as CheckFailure

@@ -17,8 +17,8 @@ whose density is known by the score, which comes from the same call. The error o
 
     max(|(predicted - corrected) . score|, 0.3 |int by the corrector - int by the predictor|) / atol,
 
-the second part for exact divergences only. Both estimates belong to the predictor, and flatter the corrector less than
-they could.
+the second part for exact divergences only, and atol not below what the rounding of the states is worth. Both estimates
+belong to the predictor, and flatter the corrector less than they could.
 
 Data x stands at t = 0, the path begins at t_min. With `s = sigma / alpha` there, D and g the denoiser and the score of
 the blurred density p_s at x, and K = dD/dx the denoiser's Jacobian (s^2 K is the covariance of `x_0` given x), the flow
@@ -148,7 +148,8 @@ class DensityRows(AdamsRows):
             integral, predicted, below = changes
             missed = np.maximum(missed, 0.3 * _numbers(integral - predicted))
             missed_below = np.maximum(missed_below, 0.3 * _numbers(integral - below))
-        return missed / self.atol, missed_below / self.atol
+        allowed = self.atol + self._rounding(pair)
+        return missed / allowed, missed_below / allowed
 
     def keep(self, pair: Pair, error: Array, good: Mask) -> None:
         moved = torch.from_numpy(good)
@@ -206,6 +207,10 @@ class DensityRows(AdamsRows):
         both = torch.cat([self.new_forms.mean(0)[:, None], old], dim=1)
         corrected, predicted, below = (self._weight(pair, w) for w in (pair.corrected, pair.weights, pair.fewer))
         return (corrected * both).sum(1), (predicted * old).sum(1), (below * old).sum(1)
+
+    def _rounding(self, pair: Pair) -> Array:
+        """Nats that the rounding of the states is worth, `(rows,)`; finer errors cannot be seen."""
+        return torch.finfo(pair.new.dtype).eps * _numbers(sum_rows((pair.new * self.score).abs()))
 
     def _missed(self, pair: Pair, predicted: State) -> Array:
         return _numbers(sum_rows(wide((predicted - pair.new) * self.score)))

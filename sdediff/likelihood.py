@@ -367,7 +367,7 @@ def _integrate(
 ) -> tuple[LogProb, State | None]:
     """The likelihood, and its gradient as far as it comes free of charge."""
     event, size = tuple(x.shape[1:]), math.prod(x.shape[1:])
-    terminal: HasLogProb = model.sde.prior(event, dtype=torch.float64) if prior is None else prior
+    terminal = _prior(model, event) if prior is None else prior
     parts, ends = [], []
     for rows in chunks_of(x.shape[0], batch_size):
         bound, counter = bound_rows(model, condition, rows, x.shape[0])
@@ -398,6 +398,18 @@ def _integrate(
         settings=_settings(run, grid, prior, size),
     )
     return result, torch.cat(scores) if scores else None
+
+
+def _prior(model: ScoreModel, event: tuple[int, ...]) -> HasLogProb:
+    """The SDE's own."""
+    try:
+        prior: HasLogProb = model.sde.prior(event, dtype=torch.float64)
+    except CapabilityError as error:
+        raise CapabilityError(
+            f"{model.sde} has no closed-form prior: pass prior=, the distribution of the states at t_max, anything "
+            "with log_prob(x) -> (batch,)."
+        ) from error
+    return prior
 
 
 def _settings(run: _Run, grid: Grid, prior: HasLogProb | None, size: int) -> dict[str, Any]:
