@@ -210,7 +210,8 @@ class DensityRows(AdamsRows):
 
     def _rounding(self, pair: Pair) -> Array:
         """Nats that the rounding of the states is worth, `(rows,)`; finer errors cannot be seen."""
-        return torch.finfo(pair.new.dtype).eps * _numbers(sum_rows((pair.new * self.score).abs()))
+        worth = torch.finfo(pair.new.dtype).eps * _numbers(sum_rows((pair.new * self.score).abs()))
+        return np.where(np.isfinite(worth), worth, 0.0)
 
     def _missed(self, pair: Pair, predicted: State) -> Array:
         return _numbers(sum_rows(wide((predicted - pair.new) * self.score)))
