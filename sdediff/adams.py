@@ -8,8 +8,8 @@ variable u of the splitting, which is finite at both ends of time. What differs 
     h_next = 0.9 h err^(-0.7 / (k + 1)) err_before^(0.4 / (k + 1))
 
 (a PI controller, Gustafsson 1991); the order k rises by one after an accepted step unless order k - 1 would have
-allowed a longer one. Where they are not adaptive, rows take the steps of a grid instead, at orders that grow to the
-highest, and none is refused. A row that has arrived leaves the batch, and nothing about a row depends on the others.
+allowed a longer one. Where they are not adaptive, rows take the steps of a grid instead, and none is refused; the order
+still follows the error. A row that has arrived leaves the batch, and nothing about a row depends on the others.
 
 Reference: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, 1993, chapters II.4 and III.7.
 """
@@ -153,7 +153,7 @@ class AdamsRows(ABC):
             self._adapt(rows, length, error, error_below, good)
         else:
             good = np.ones(len(rows), dtype=bool)
-            self.order[rows] = self.known[rows] = np.minimum(self.known[rows] + 1, self.max_order)
+            self._choose_order(rows, (self.order[rows] > 1) & (error_below < error), good)
 
         self.keep(pair, error, good)
         kept, moved = index[torch.from_numpy(good)], torch.from_numpy(good)
@@ -199,11 +199,16 @@ class AdamsRows(ABC):
         strict = 0.9 * error ** (-1 / (order + 1))
         self.step[rows] = length * np.where(good, np.maximum(smooth, 0.3), np.clip(strict, 0.2, 0.9))
         lower = (order > 1) & (below ** (-1 / order) > error ** (-1 / (order + 1)))
+        self._choose_order(rows, lower, good)
+        self.error[rows] = np.where(good, np.maximum(error, 1e-4), self.error[rows])
+        self.failed[rows] = ~good
+
+    def _choose_order(self, rows: Rows, lower: Mask, good: Mask) -> None:
+        """One less, or after a step that is taken one more, as far as values are known."""
+        order = self.order[rows]
         wanted = np.where(lower, order - 1, np.where(good, order + 1, order))
         self.known[rows] = np.minimum(self.known[rows] + good, self.max_order)
         self.order[rows] = np.minimum(wanted, self.known[rows])
-        self.error[rows] = np.where(good, np.maximum(error, 1e-4), self.error[rows])
-        self.failed[rows] = ~good
 
     def _check(self, rows: Rows, length: Array, good: Mask) -> None:
         stuck = ~good & (length < _SHORTEST)

@@ -304,7 +304,8 @@ def vector_jacobian(value: State, x: State, vectors: Tensor, graph: bool = False
     }  # fmt: skip
     if len(vectors) > 1 and not graph:  # in a batch, a function that is differentiable once does not complain
         try:
-            return torch.autograd.grad(value, x, vectors, is_grads_batched=True, **options)[0]
+            products = torch.autograd.grad(value, x, vectors, is_grads_batched=True, **options)[0]
+            return products.expand(vectors.shape)  # zeros come without the batch where the value does not depend on x
         except RuntimeError:
             pass
     try:
