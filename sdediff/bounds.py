@@ -54,6 +54,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sdediff.density import wide
 from sdediff.draws import RowDraws, mix
 from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
 from sdediff.exponential import deviation_of
@@ -430,7 +431,7 @@ class _Task:
     def run(
         self, evaluate: Callable[[_Rows], dict[str, Tensor]], condition: Any, batch_size: int | None
     ) -> tuple[dict[str, Tensor], int]:
-        """What `evaluate` gives for all rows, in the dtype of x, and the network evaluations for every row."""
+        """What `evaluate` gives for all rows, as wide as the device has it, and network evaluations for every row."""
         parts, nfe = [], 0
         with torch.no_grad(), evaluating(self.model.network):
             for rows in chunks_of(len(self.x), batch_size):
@@ -442,7 +443,8 @@ class _Task:
                 except DivergenceError as error:
                     raise error.shifted(rows.start) from error
                 nfe = max(nfe, counter.calls)
-        return {name: torch.cat([part[name] for part in parts], -1).to(self.x) for name in parts[0]}, nfe
+        like = wide(self.x[:1])
+        return {name: torch.cat([part[name] for part in parts], -1).to(like) for name in parts[0]}, nfe
 
 
 @dataclass(frozen=True)

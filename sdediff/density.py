@@ -20,26 +20,15 @@ whose density is known by the score, which comes from the same call. The error o
 the second part for exact divergences only, and atol not below what the rounding of the states is worth. Both estimates
 belong to the predictor, and flatter the corrector less than they could.
 
-Data x stands at t = 0, the path begins at t_min. With `s = sigma / alpha` there, D and g the denoiser and the score of
-the blurred density p_s at x, and K = dD/dx the denoiser's Jacobian (s^2 K is the covariance of `x_0` given x), the flow
-from 0 to t_min is, if p_0 is Gaussian within a few s of x, whatever its covariance,
+At the data end, see `sdediff.blur`.
 
-    y = x + (K^(1/2) + K)^-1 (x - D) = x - s^2 (K^(1/2) + K)^-1 g,        log p_0(x) = log p_s(y) - log det K / 2,
-
-and in general wrong by terms of order s^4. It is a change of variables, so that a network whose score is off near t_min
-leaves the density normalised. In terms of the score, `log p_0(x) - log p_s(x) = -(s^2 g^T K^-1 g + log det K) / 2`,
-to first order `-s^2 (|g|^2 + div g) / 2`, the heat equation; and the score of p_0 is `K^-1 g`. With probes, K is taken
-for a multiple of the identity.
-
-References: Chen et al. 2018 (arXiv:1806.07366); Song et al. 2021 (arXiv:2011.13456), appendix D.2; Efron 2011 and
-Meng et al. 2021 (arXiv:2111.04726) for K.
+References: Chen et al. 2018 (arXiv:1806.07366); Song et al. 2021 (arXiv:2011.13456), appendix D.2.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -47,30 +36,14 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from sdediff.adams import QUADRATURE, AdamsRows, Mask, Pair, Rows
+from sdediff.blur import Blur, by_jacobian, by_probes
 from sdediff.divergence import Divergence, Exact, Expansion
+from sdediff.errors import DivergenceError
 from sdediff.exponential import Array, deviation_of, split_for
 from sdediff.model import ScoreModel
-from sdediff.shapes import Grid, PerRow, State, over, sum_rows
+from sdediff.shapes import Grid, PerRow, State, finite_or_raise, over, sum_rows
 
 _ENTRIES_OF_JACOBIANS = 1 << 21
-
-
-@dataclass(frozen=True, eq=False)
-class Blur:
-    """What lies between data and the states at t_min.
-
-    Attributes:
-        log_det: `log det dy/dx = -log det K / 2` in nats, `(batch,)`.
-        gap: `log p_0(x) - log p_s(x)` in nats as the score has it, `(batch,)`; infinite where K is not positive
-            definite, no smooth density explains the model, and y = x.
-        score: of p_0, `(batch, *event)`.
-        variance: of the log-determinant, `(batch,)`, where it was taken by probes.
-    """
-
-    log_det: PerRow
-    gap: PerRow
-    score: State
-    variance: PerRow
 
 
 class DensityRows(AdamsRows):
@@ -148,8 +121,8 @@ class DensityRows(AdamsRows):
             integral, predicted, below = changes
             missed = np.maximum(missed, 0.3 * _numbers(integral - predicted))
             missed_below = np.maximum(missed_below, 0.3 * _numbers(integral - below))
-        allowed = self.atol + self._rounding(pair)
-        return missed / allowed, missed_below / allowed
+        self.allowed = self.atol + self._rounding(pair)
+        return missed / self.allowed, missed_below / self.allowed
 
     def keep(self, pair: Pair, error: Array, good: Mask) -> None:
         moved = torch.from_numpy(good)
@@ -157,7 +130,7 @@ class DensityRows(AdamsRows):
         weights = self._weight(pair, pair.corrected)[moved].T
         forms = torch.cat([self.new_forms[None], self.forms[:, :, pair.index]])[:, :, moved]
         self.integrals[:, kept] = self.integrals[:, kept] + (weights[:, None] * forms).sum(0)
-        self.estimated[kept] = self.estimated[kept] + (self.atol * torch.from_numpy(error[good]).to(forms)) ** 2
+        self.estimated[kept] = self.estimated[kept] + torch.from_numpy((error * self.allowed)[good] ** 2).to(forms)
         self.place[pair.rows[good]] += 1
 
         taken = torch.cat([torch.zeros_like(weights[:1]), self.taken[:, kept]]) + weights
@@ -243,8 +216,10 @@ class FromData(DensityRows):
         parts = np.array_split(np.arange(len(self.x)), -(-len(self.x) // fitting))
         moved, blurs = zip(*(self._moved(rows) for rows in parts), strict=True)
         self.x = torch.cat(moved)
-        self.blur = Blur(*(torch.cat([getattr(blur, f.name) for blur in blurs]) for f in fields(Blur)))
-        self.variance, self.fourth = self.blur.variance, self.blur.variance**2
+        log_dets = torch.cat([blur.log_dets for blur in blurs], dim=1)
+        self.blur = Blur(log_dets, torch.cat([blur.gap for blur in blurs]), torch.cat([blur.score for blur in blurs]))
+        self.variance = self._spread(log_dets)
+        self.fourth = self.variance**2
         self.nfe += 1
         self.place += 1
         super().begin()
@@ -254,6 +229,10 @@ class FromData(DensityRows):
         index = torch.from_numpy(rows)
         x, t = self.x[index], self.t[index]
         expansion = self._expand(self.model.rows(index, len(self.x)), t, x)
+        try:
+            finite_or_raise(expansion.extra, "The score", step=None, time=t[0].item())
+        except DivergenceError as error:
+            raise error.shifted(int(rows[0])) from error
         vectors = self.divergence.draw(x, self.seed, self.first_row + rows, self.place[rows])
         alpha, sigma = self.sde.scales_at(t)
         c = self.splitting.sigma_data
@@ -265,45 +244,15 @@ class FromData(DensityRows):
             jacobian = wide(_jacobian(expansion, self.divergence.chunks(vectors)))
             eye = torch.eye(self.size).to(jacobian)
             K = over(slope, jacobian) * (jacobian + jacobian.mT) / 2 + over(own, jacobian) * eye
-            move, blur = _by_jacobian(K, g, square)
+            move, blur = by_jacobian(K, g, square)
         else:
-            forms = wide(self.divergence.estimate(expansion, vectors))
-            mean = own + slope * forms.mean(0) / self.size
-            move, blur = _by_mean(mean, slope**2 * self._spread(forms), g, square)
+
+            def times_k(v: Tensor) -> Tensor:
+                products = torch.cat([expansion.products(part) for part in self.divergence.chunks(v.to(x))])
+                return over(own, g) * v + over(slope, g) * wide(products)
+
+            move, blur = by_probes(times_k, wide(vectors), g, square)
         return x + (over(alpha, g) * move).to(x), blur
-
-
-def _by_jacobian(K: Tensor, g: State, square: PerRow) -> tuple[State, Blur]:
-    """The move and the blur for Jacobians `(rows, size, size)`; where one is not positive definite, there is none."""
-    values, axes = torch.linalg.eigh(K)
-    fine = values[:, 0] > 0
-    values = torch.where(fine[:, None], values, 1.0)
-    along = (axes.mT @ g.reshape(len(g), -1, 1))[..., 0]
-    move, score = ((axes @ (along / d)[..., None]).reshape(g.shape) for d in (values.sqrt() + values, values))
-    log_det = -values.log().sum(1) / 2
-    gap = log_det - square * (along**2 / values).sum(1) / 2
-    return _where(fine, g, square, move, Blur(log_det, gap, score, torch.zeros_like(gap)))
-
-
-def _by_mean(mean: PerRow, variance: PerRow, g: State, square: PerRow) -> tuple[State, Blur]:
-    """The same for multiples of the identity; the variance is that of `mean` times the number of entries."""
-    fine = mean > 0
-    mean = torch.where(fine, mean, 1.0)
-    log_det = -g[:1].numel() / 2 * mean.log()
-    gap = log_det - square * sum_rows(g**2) / mean / 2
-    blur = Blur(log_det, gap, g / over(mean, g), variance / (2 * mean) ** 2)
-    return _where(fine, g, square, g / over(mean.sqrt() + mean, g), blur)
-
-
-def _where(fine: Tensor, g: State, square: PerRow, move: State, blur: Blur) -> tuple[State, Blur]:
-    """What there is, and no move where there is none."""
-    rows = fine.reshape(-1, *[1] * (g.ndim - 1))
-    return torch.where(rows, -over(square, g) * move, 0.0), Blur(
-        log_det=torch.where(fine, blur.log_det, 0.0),
-        gap=torch.where(fine, blur.gap, math.inf),
-        score=torch.where(rows, blur.score, g),
-        variance=torch.where(fine, blur.variance, 0.0),
-    )
 
 
 def _jacobian(expansion: Expansion, chunks: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ vectors their sum is exact.
 |---|---|---|
 | Gaussian | `2 |S|_F^2`, S = (J + J^T) / 2 | / k |
 | Rademacher (signs) | `2 (|S|_F^2 - sum_j S_jj^2)` | / k |
-| orthogonal | as Rademacher | (1 - k / m) / k |
+| orthogonal | as Rademacher | (1 - k / m) / k, times m / (m - 1) |
 
 Orthogonal vectors are k different rows of Hadamard's matrix of order m, the power of two not below D, drawn without
 replacement, times signs that are shared by the k: the mean of all m forms is the trace itself, so that k of them are a
@@ -173,8 +173,8 @@ class Hutchinson(Divergence):
     def __init__(
         self, probes: int = 8, distribution: str = "rademacher", *, mode: str = "reverse", chunk: int | None = None
     ) -> None:
-        if probes < 1:
-            raise OptionError(f"Hutchinson needs at least one probe; got {probes}.")
+        if not isinstance(probes, int) or probes < 1:
+            raise OptionError(f"Hutchinson needs a whole number of probes, at least one; got {probes!r}.")
         if distribution not in _DRAWS:
             raise OptionError(f"Unknown distribution {distribution!r}: write {', '.join(map(repr, _DRAWS))}.")
         _check(mode, chunk)
@@ -267,7 +267,8 @@ def _reverse(field: Field, x: State, graph: bool) -> Expansion:
         value, extra = field(at)
 
         def products(vectors: Tensor) -> Tensor:
-            if graph:  # a function that is differentiable once only complains where a vector wants a gradient
+            if graph and not vectors.requires_grad:
+                # a function that is differentiable once only complains where a vector wants a gradient
                 vectors = vectors.detach().clone().requires_grad_()
             return vector_jacobian(value, at, vectors, graph)
 

@@ -83,7 +83,7 @@ class LogProb:
         nfe: network evaluations, the most that any row took.
         row_nfe: network evaluations of each row, `(batch,)`; None where they are alike.
         accepted, rejected: steps, `(batch,)`, or summed over the batch if its rows step together.
-        prior_gap: KL divergence of `p(x_T | x_0 = x)` from the prior in nats, `(batch,)`; its mean over data bounds
+        prior_gap: KL divergence of `p(x_T | x)` from the prior in nats, `(batch,)`; its mean over data bounds
             what the prior misses of p_T. NaN with a prior that is not Gaussian.
         tail_gap: `log p_0 - log p_{t_min}` in nats as the score at t_min has it, `(batch,)`: the size of what is taken
             off the value. Infinite, and not taken off, where no smooth density explains the model near the data; NaN
@@ -115,11 +115,15 @@ class LogProb:
         Raises:
             OptionError: the two were not computed with the same seed and divergence.
         """
-        for name in ("divergence", "seed"):
+        if self.value.shape != other.value.shape:
+            raise ShapeError(
+                f"Likelihoods of the same rows are compared; got {len(self.value)} and {len(other.value)}."
+            )
+        for name in ("divergence", "seed", "tail"):
             if self.settings[name] != other.settings[name]:
                 raise OptionError(
                     f"Likelihoods are compared with the same {name}; got {self.settings[name]!r} and "
-                    f"{other.settings[name]!r}. Give both the same seed= and divergence=."
+                    f"{other.settings[name]!r}. Give both the same seed=, divergence= and tail=."
                 )
         difference = self.estimates - other.estimates
         return difference.mean(0), standard_error_of(difference, self.settings["seed"] is not None)
@@ -129,7 +133,7 @@ def log_prob(
     model: ScoreModel,
     x: State,
     *,
-    atol_nats: float = 1e-3,
+    atol_nats: float | None = None,
     max_nfe: int | None = None,
     solver: Solver | None = None,
     steps: int | None = None,
@@ -152,7 +156,7 @@ def log_prob(
     Args:
         model: the score and the SDE.
         x: data `(batch, *event)`, any event shape.
-        atol_nats: error allowed in a step, in nats; the error of a value is about half of it.
+        atol_nats: error allowed in a step, in nats; the error of a value is about half of it. None for 1e-3.
         max_nfe: network calls a row may take; one that needs more is an error.
         solver: in place of the default method, a deterministic solver of drift and diffusion (AdaptiveRungeKutta,
             TorchDiffEq, RungeKutta, Heun), which integrates path and divergence together.
@@ -180,17 +184,28 @@ def log_prob(
     check_state(x)
     if x.shape[0] == 0:
         raise ShapeError("log_prob needs at least one row; got x with 0 rows.")
-    if not atol_nats > 0:
+    if atol_nats is not None and not atol_nats > 0:
         raise OptionError(f"atol_nats must be positive; got {atol_nats}.")
+    if atol_nats is not None and (solver is not None or not model.is_linear):
+        raise OptionError(
+            "atol_nats belongs to the default method; a solver has tolerances of its own, as in "
+            "solver=AdaptiveRungeKutta(rtol=1e-5, atol=1e-5), and so has an SDE that is not linear."
+        )
+    if max_nfe is not None and solver is not None:
+        raise OptionError(
+            f"max_nfe belongs to the default method; got solver={solver}: give the solver a budget of its own."
+        )
     if max_nfe is not None and max_nfe < 1:
         raise OptionError(f"max_nfe must be at least 1, or None; got {max_nfe}.")
+    y, log_det = _transformed(transform, x)
+    way = divergence_for(divergence, math.prod(y.shape[1:]))
     run = _Run(
-        solver=_solver(model, solver, differentiable),
-        divergence=divergence_for(divergence, math.prod(x.shape[1:])),
-        atol=atol_nats if steps is None and times is None else None,
+        solver=_solver(model, solver, differentiable, max_nfe),
+        divergence=way,
+        atol=(atol_nats or 1e-3) if steps is None and times is None else None,
         max_nfe=max_nfe,
         tail=_tail(model, tail),
-        seed=fresh_seed() if seed is None else seed,
+        seed=seed if seed is not None else fresh_seed() if way.random else 0,
         differentiable=differentiable,
     )
     grid = (
@@ -203,7 +218,8 @@ def log_prob(
             f"times ends at {grid[-1]:g}, but the prior is that of t_max = {model.sde.t_max:g}: end there, or pass "
             "prior=, the distribution of the states at the last time."
         )
-    y, log_det = _transformed(transform, x)
+    finite_or_raise(y, "x", step=None, time=grid[0].item())
+    _check_ends(model, run, grid)
     wanted = differentiable and torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(wanted), evaluating(model.network):
         data = y if wanted else y.detach().clone()
@@ -213,7 +229,9 @@ def log_prob(
     if score is not None and y.requires_grad and torch.is_grad_enabled() and not wanted:
         value = value + sum_rows(wide(score * (y - y.detach())))
     settings = {**result.settings, "transform": None if transform is None else repr(transform)}
-    return LogProb(**{**vars(result), "value": value, "estimates": result.estimates + log_det, "settings": settings})
+    return LogProb(
+        **{**vars(result), "value": value, "estimates": (result.estimates + log_det).detach(), "settings": settings}
+    )
 
 
 class ModelDistribution(Distribution):
@@ -231,7 +249,8 @@ class ModelDistribution(Distribution):
         log_prob_options: dict[str, Any] | None = None,
     ) -> None:
         self.model = model
-        self.sample_options, self.log_prob_options = dict(sample_options or {}), dict(log_prob_options or {})
+        self.sample_options = {"final": "none", **(sample_options or {})}
+        self.log_prob_options = {"tail": "none", **(log_prob_options or {})}
         super().__init__(torch.Size(), torch.Size(event_shape), validate_args=False)
 
     @property
@@ -263,6 +282,9 @@ def as_distribution(
 ) -> ModelDistribution:
     """The model as a `torch.distributions.Distribution` with `sample` and `log_prob`.
 
+    Both are of the states at t_min, `sample(..., final="none")` and `log_prob(..., tail="none")`, unless the options
+    say otherwise: samples that are denoised have another law.
+
     Args:
         event_shape: shape of one event.
         sample_options, log_prob_options: passed to `sample` and `log_prob`, for instance `{"steps": 20}` and
@@ -289,17 +311,19 @@ class _Run:
     differentiable: bool
 
 
-def _solver(model: ScoreModel, solver: Solver | None, differentiable: bool) -> Solver | None:
+def _solver(model: ScoreModel, solver: Solver | None, differentiable: bool, max_nfe: int | None) -> Solver | None:
+    if solver is None and model.is_linear:
+        return None
+    if differentiable:
+        raise CapabilityError(
+            "differentiable=True needs the default method, which takes no solver and a linear SDE; got "
+            f"solver={solver} and {model.sde}. Give atol_nats= or steps= instead of a solver."
+        )
     if solver is None:
-        return None if model.is_linear else AdaptiveRungeKutta()
+        return AdaptiveRungeKutta(max_nfe=max_nfe)
     if not solver.deterministic:
         hint = "AdaptiveRungeKutta(), TorchDiffEq() or Heun(), or no solver at all"
         raise CapabilityError(f"A likelihood needs the deterministic flow, but {solver} adds noise: use {hint}.")
-    if differentiable:
-        raise CapabilityError(
-            f"differentiable=True needs the default method; got solver={solver}. Leave solver= away, and give "
-            "atol_nats= or steps= instead."
-        )
     return solver
 
 
@@ -313,9 +337,33 @@ def _tail(model: ScoreModel, tail: str | None) -> str:
     return tail
 
 
+def _check_ends(model: ScoreModel, run: _Run, grid: Grid) -> None:
+    """Refuse ends at which the default method has no finite numbers."""
+    if run.solver is not None and run.tail == "none":
+        return
+    (_, alpha), (sigma, _) = model.linear.scales_at(grid[[0, -1]])
+    if not float(sigma) > 0:
+        raise TimeError(
+            f"{model.sde} has no noise at t = {grid[0]:g}, where the score of a network has no scale: begin later, "
+            "with t_min=1e-5 for instance; what lies before is taken off the value."
+        )
+    if model.blind_in_noise and not float(alpha) > 0:
+        raise CapabilityError(
+            f"At t = {grid[-1]:g} alpha is 0, where a model that predicts {model.prediction!r} says nothing of the "
+            "data: end before, with times= and prior=, or use an SDE whose t_max lies before."
+        )
+
+
 def _transformed(transform: Transform | None, x: State) -> tuple[State, PerRow]:
     if transform is None:
         return x, wide(x.new_zeros(len(x)))
+    domain: constraints.Constraint = transform.domain
+    inside = domain.check(x).reshape(len(x), -1).all(1)  # type: ignore[no-untyped-call]
+    if not bool(inside.all()):
+        raise OptionError(
+            f"Rows {(~inside).nonzero()[:, 0].tolist()[:8]} of x lie outside of the domain of {transform}, where there "
+            "is no density: leave them out, or move them in."
+        )
     y = transform(x)
     check_state(y, "transform(x)")
     log_det: Tensor = transform.log_abs_det_jacobian(x, y)  # type: ignore[no-untyped-call]
@@ -328,10 +376,10 @@ def _check_differentiable(model: ScoreModel, x: State, t: Tensor, condition: Any
     with torch.enable_grad():
         at = x[:1].clone().detach().requires_grad_()
         output = bound.predict(t, at)
-    if output.requires_grad:
-        return
+        if output.requires_grad and torch.autograd.grad(output.sum(), at, allow_unused=True)[0] is not None:
+            return
     elsewhere = bound.predict(t, 1.1 * at.detach() + 0.1)
-    if not torch.allclose(output, elsewhere, rtol=0, atol=0, equal_nan=True):
+    if not torch.allclose(output.detach(), elsewhere, rtol=0, atol=0, equal_nan=True):
         raise CapabilityError(
             "The network's output depends on x, but not for automatic differentiation, so its divergence would come "
             "out wrong: remove torch.no_grad and detach from it, or pass create_graph=True where it differentiates."
@@ -378,7 +426,7 @@ def _integrate(
         except DivergenceError as error:
             raise error.shifted(rows.start) from error
         parts.append(part)
-        ends.append(_at_end(terminal, part.latent))
+        ends.append(_at_end(terminal, part.latent, prior is None))
     joined = torch.cat([part.estimates for part in parts], dim=1) + torch.cat(ends)
     tally = merged([part.tally for part in parts])
     row_nfe = None if parts[0].row_nfe is None else torch.cat([p.row_nfe for p in parts if p.row_nfe is not None])
@@ -392,7 +440,7 @@ def _integrate(
         row_nfe=row_nfe,
         accepted=tally.accepted,
         rejected=tally.rejected,
-        prior_gap=_prior_gap(model, terminal, x.detach(), grid[-1]),
+        prior_gap=_prior_gap(model, terminal, x.detach(), grid, run.tail),
         tail_gap=torch.cat([part.gap for part in parts]),
         estimates=joined,
         settings=_settings(run, grid, prior, size),
@@ -431,13 +479,13 @@ def _settings(run: _Run, grid: Grid, prior: HasLogProb | None, size: int) -> dic
 
 
 def _from_data(run: _Run, model: ScoreModel, x: State, grid: Grid, first_row: int) -> tuple[FromData, Tensor]:
-    """Rows moved from data to t_min, and `log p_0(x) - log p_{t_min}(where they are)`, `(rows,)`."""
+    """Rows moved from data to t_min, and estimates of `log p_0(x) - log p_{t_min}(where they are)`, `(count, rows)`."""
     alpha = model.linear.alpha(grid[0])
     rows = FromData(
         model, over(alpha, x) * x, grid, run.divergence,
         seed=run.seed, first_row=first_row, atol=run.atol, max_nfe=run.max_nfe,
     )  # fmt: skip
-    return rows, rows.blur.log_det + x[:1].numel() * alpha.log().to(rows.blur.log_det)
+    return rows, rows.blur.log_dets + x[:1].numel() * alpha.log().to(rows.blur.log_dets)
 
 
 def _by_rows(run: _Run, model: ScoreModel, counter: Counter, x: State, grid: Grid, first_row: int) -> _Part:
@@ -469,7 +517,7 @@ def _together(run: _Run, model: ScoreModel, counter: Counter, x: State, grid: Gr
     gap, score, log_det, variance = zero + math.nan, None, zero, zero
     if run.tail == "gaussian":
         data, log_det = _from_data(run, model, x, grid, first_row)
-        start, gap, score, variance = data.x, data.blur.gap, data.blur.score, data.blur.variance
+        start, gap, score, variance = data.x, data.blur.gap, data.blur.score, data.variance
     vectors = divergence.draw(x, run.seed, first_row + numbers, 0 * numbers)
     process = _WithLogDensity(model, divergence, vectors, tuple(x.shape[1:]))
     state = torch.cat([_flat(start), x.new_zeros(len(x), divergence.count)], dim=1)
@@ -483,10 +531,18 @@ def _together(run: _Run, model: ScoreModel, counter: Counter, x: State, grid: Gr
     return _Part(estimates + log_det, stderr, zero + math.nan, latent, nfe, tally.nfe, tally, gap, score)
 
 
-def _at_end(prior: HasLogProb, latent: State) -> PerRow:
+def _at_end(prior: HasLogProb, latent: State, own: bool) -> PerRow:
     """The log-density of latents; in float64 for distributions that are made for it."""
-    exact = isinstance(prior, GaussianMixture | Distribution)
-    return wide(prior.log_prob(wide(latent).cpu() if exact else latent.cpu())).to(latent.device)
+    if own:
+        value = prior.log_prob(wide(latent).cpu())
+    else:
+        value = prior.log_prob(wide(latent) if isinstance(prior, GaussianMixture | Distribution) else latent)
+    if value.shape != latent.shape[:1]:
+        raise ShapeError(
+            f"prior.log_prob must return one number per row, shape ({len(latent)},); it returned {tuple(value.shape)}. "
+            "Wrap a distribution over entries: torch.distributions.Independent(prior, number of event dimensions)."
+        )
+    return wide(value).to(latent.device)
 
 
 def _check_reached(tally: Tally, grid: Grid) -> None:
@@ -503,12 +559,16 @@ def _check_reached(tally: Tally, grid: Grid) -> None:
     )
 
 
-def _prior_gap(model: ScoreModel, prior: HasLogProb, x: State, t: Tensor) -> PerRow:
-    """KL divergence of `N(alpha x, sigma^2 I)` at the last time from the prior, where that is Gaussian."""
+def _prior_gap(model: ScoreModel, prior: HasLogProb, x: State, grid: Grid, tail: str) -> PerRow:
+    """KL divergence of the kernel from x to the last time from the prior, where that is Gaussian."""
     if not model.is_linear or not is_gaussian(prior):
-        return torch.full((len(x),), math.nan, dtype=torch.float64)
-    alpha, sigma = model.linear.scales_at(t)
-    return kl_to_prior(cast(Prior, prior), alpha * x.detach().cpu().double(), sigma.item())
+        return wide(x.new_full((len(x),), math.nan))
+    (alpha_0, alpha), (sigma_0, sigma) = model.linear.scales_at(grid[[0, -1]])
+    scale, variance = alpha, sigma**2
+    if tail == "none":  # x is a state at the first time
+        scale, variance = alpha / alpha_0, sigma**2 - (alpha * sigma_0 / alpha_0) ** 2
+    gap = kl_to_prior(cast(Prior, prior), scale * x.detach().cpu().double(), variance.sqrt().item())
+    return wide(gap.to(x.dtype) if x.device.type == "mps" else gap).to(x.device)
 
 
 # Path and divergence as one process.

@@ -180,6 +180,11 @@ def sample(
             f"times starts at {grid[0]:g}, but the prior is that of t_max = {model.sde.t_max:g}: start there, or pass "
             "x_init, states at the first time."
         )
+    if with_log_prob and not starts_at_prior(model, grid[0]):
+        raise TimeError(
+            f"times starts at {grid[0]:g}, but the log-density there is known at t_max = {model.sde.t_max:g} only: "
+            "start there, or write log_prob(model, x, tail='none') for the result."
+        )
     if x_init is not None:
         check_state(x_init, "x_init")
         if tuple(x_init.shape) != shape:
@@ -188,9 +193,10 @@ def sample(
     prior = None if x_init is not None else model.sde.prior(shape[1:], dtype=like.dtype)
     if final == "denoise" and prior is None:
         _ = model.linear  # a model without a denoised mean is refused before anything is computed
-    if seed is not None and noise is not None:
+    if seed is not None and noise is not None and not with_log_prob:
         raise OptionError("Give either seed=... or noise=..., not both.")
-    noise = RowNoise(fresh_seed() if seed is None else seed) if noise is None else noise
+    seed = fresh_seed() if seed is None and (noise is None or with_log_prob) else seed
+    noise = RowNoise(seed or 0) if noise is None else noise
 
     def begin(rows: slice, stream: NoiseStream) -> State:
         if prior is None:
@@ -206,8 +212,8 @@ def sample(
         if with_log_prob:
             atol = atol_nats if steps is None and times is None else None
             way = divergence_for(divergence, like.numel())
-            seed = fresh_seed() if seed is None else seed
-            return _scored(model, grid, noise, condition, shape[0], batch_size, begin, way, seed, atol)
+            with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+                return _scored(model, grid, noise, condition, shape[0], batch_size, begin, way, seed or 0, atol)
         return _run(model, solver, grid, noise, condition, shape[0], batch_size, trajectory, progress, begin, end)
 
 

@@ -379,7 +379,7 @@ def test_probes_of_float32_states_are_float32():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Hutchinson(0), "at least one probe; got 0"),
+        (lambda: Hutchinson(0), "a whole number of probes, at least one; got 0"),
         (lambda: Hutchinson(2, "sphere"), r"Unknown distribution 'sphere': write 'rademacher', 'gaussian', 'orthog"),
         (lambda: Hutchinson(2, mode="both"), "Unknown mode 'both': write 'reverse' or 'forward'"),
         (lambda: Exact(mode="backward"), "Unknown mode 'backward'"),
