@@ -48,6 +48,7 @@ class BitsPerDim:
         probe_bias: what noise of the probes takes off the value in expectation, at most, `(batch,)`: 0 for exact
             divergences and for a single sample.
         log_weights: `log p(x_i) - log q(x_i | codes)` in nats, `(samples, batch)`.
+        error, prior_gap, tail_gap: those of `LogProb` in nats, at the first sample, `(batch,)`.
         entries: the number D of entries in a row.
         nfe: network evaluations for every row, of all samples.
         protocol: the bins, the dequantisation and the settings of the likelihood, in words.
@@ -57,6 +58,9 @@ class BitsPerDim:
     stderr: PerRow
     probe_bias: PerRow
     log_weights: Tensor
+    error: PerRow
+    prior_gap: PerRow
+    tail_gap: PerRow
     entries: int
     nfe: int
     protocol: str
@@ -118,22 +122,31 @@ def bits_per_dim(
         needed = "samples >= 1" if chosen.random else "samples = 1 without dequantisation, as nothing is drawn"
         raise OptionError(f"bits_per_dim needs {needed}; got samples = {samples}.")
     options = {**options, "tail": _tail(chosen, model, options)}
-    rows, noise, nfe, settings = [], [], 0, {}
+    rows, noise, results, nfe = [], [], [], 0
     for k in range(samples):
         points, log_q = _checked(chosen.draw(bins, seed, k), bins, chosen)
         result = log_prob(model, points.to(bins.dtype), seed=mix(seed, 6, k) >> 2, **options)
         rows.append(result.value.detach() - log_q)
         noise.append(result.stderr)
-        nfe, settings = nfe + result.nfe, result.settings
+        results.append(result)
+        nfe += result.nfe
     value, stderr, bias = _combined(torch.stack(rows), torch.stack(noise), chosen.random)
     size = math.prod(x.shape[1:])
     unit = size * math.log(2)
-    said = ", ".join(f"{name} {setting}" for name, setting in settings.items() if name not in ("seed", "transform"))
+    first = results[0]
+    settings = {name: setting for name, setting in first.settings.items() if name not in ("seed", "transform")}
+    said = ", ".join(f"{name} {setting}" for name, setting in settings.items())
+    uncorrected = int(first.tail_gap.isinf().sum())
+    if uncorrected:
+        said += f", the blur of t_min left in {uncorrected} of {len(x)} rows, which no smooth density explains"
     return BitsPerDim(
         value=-value / unit,
         stderr=stderr / unit,
         probe_bias=bias / unit,
         log_weights=torch.stack(rows),
+        error=first.error,
+        prior_gap=first.prior_gap,
+        tail_gap=first.tail_gap,
         entries=size,
         nfe=nfe,
         protocol=f"{levels} levels in {bins.place}, {chosen.name}{remark}, {samples} sample(s); {said}",
