@@ -451,7 +451,6 @@ MUTANTS = [
         ("unit = size * math.log(2)", "unit = math.log(2)"),
         ("-self.value * self.entries * math.log(2)", "-self.value * self.entries"),
         ("self.value.std().item() / math.sqrt(len(self.value))", "self.value.std().item()"),
-        ("nfe + result.nfe", "result.nfe"),
         (
             """options.get("t_min") if times is None or len(times) == 0 else float(times[0])""",
             """options.get("t_min")""",
@@ -850,7 +849,6 @@ MUTANTS = [
         ("self.spread[1:, kept] = self.spread[:-1, kept]", "pass"),
         ("self.forms[1:, :, kept] = self.forms[:-1, :, kept]", "pass"),
         ("self.forms[0, :, kept] = forms[0]", "self.forms[0, :, kept] = forms[1]"),
-        ("self.estimated[kept] + (", "self.estimated[kept] * 0 + ("),
         ("torch.zeros_like(at.alpha), -1 / at.sigma)", "torch.zeros_like(at.alpha), 1 / at.sigma)"),
         (
             "(self.splitting.sigma_data * alpha, sigma).to(wider) * wider",
@@ -858,22 +856,14 @@ MUTANTS = [
         ),
         ("torch.from_numpy(weights / k[:, None])", "torch.from_numpy(weights * k[:, None])"),
         ("* self.divergence.part_of_variance(self.size)", ""),
-        ("self.variance, self.fourth = self.blur.variance, self.blur.variance**2", "pass"),
         (
             "own, slope = (c * alpha / k) ** 2, c * alpha * sigma / k",
             "own, slope = (c * alpha / k) ** 2, -c * alpha * sigma / k",
         ),
         ("g = wide(over(alpha, x) * expansion.extra)", "g = wide(expansion.extra)"),
         ("(jacobian + jacobian.mT) / 2", "jacobian"),
-        ("mean = own + slope * forms.mean(0) / self.size", "mean = own + slope * forms.mean(0)"),
         ("return x + (over(alpha, g) * move).to(x), blur", "return x - (over(alpha, g) * move).to(x), blur"),
         ("return x + (over(alpha, g) * move).to(x), blur", "return x, blur"),
-        ("for d in (values.sqrt() + values, values))", "for d in (2 * values.sqrt(), values))"),
-        ("log_det = -values.log().sum(1) / 2", "log_det = -values.log().sum(1)"),
-        ("gap = log_det - square * (along**2 / values).sum(1) / 2", "gap = log_det - square * (along**2).sum(1) / 2"),
-        ("variance / (2 * mean) ** 2", "variance / mean**2"),
-        ("g / over(mean.sqrt() + mean, g), blur)", "g / over(2 * mean, g), blur)"),
-        ("gap=torch.where(fine, blur.gap, math.inf)", "gap=torch.where(fine, blur.gap, 0.0)"),
         ("factor = stdtrit(np.clip(known, 1.0, 1e9), 0.975) / 2", "factor = 1.0 + 0 * known"),
         ("variance = estimates.detach().var(0) / count", "variance = estimates.detach().var(0)"),
     ),
@@ -904,23 +894,17 @@ MUTANTS = [
         ("value = result.value + log_det\n", "value = result.value - log_det\n"),
         ("sum_rows(wide(score * (y - y.detach())))", "sum_rows(wide(2 * score * (y - y.detach())))"),
         ("model, over(alpha, x) * x, grid, run.divergence,", "model, x, grid, run.divergence,"),
-        (
-            "return rows, rows.blur.log_det + x[:1].numel() * alpha.log()",
-            "return rows, rows.blur.log_det - x[:1].numel() * alpha.log()",
-        ),
         ("dim=1) + torch.cat(ends)", "dim=1) - torch.cat(ends)"),
         (
             "stderr = (standard_error_of(estimates, divergence.random) ** 2 + variance).sqrt()",
             "stderr = standard_error_of(estimates, divergence.random)",
         ),
         ("return _Part(estimates + log_det, stderr", "return _Part(estimates, stderr"),
-        ("alpha * x.detach().cpu().double(), sigma.item())", "x.detach().cpu().double(), sigma.item())"),
         ("first_row + numbers, 0 * numbers)", "numbers, 0 * numbers)"),
         (
             "torch.cat([_flat(expansion.value), estimates.T], dim=1)",
             "torch.cat([_flat(expansion.value), -estimates.T], dim=1)",
         ),
-        ('"estimates": result.estimates + log_det', '"estimates": result.estimates'),
     ),
     *_of(
         "likelihood",
@@ -962,6 +946,58 @@ MUTANTS = [
         ("(sum_rows((back.x - x) ** 2) / max(x[:1].numel(), 1)).sqrt()", "sum_rows((back.x - x) ** 2).sqrt()"),
         ("there.nfe + back.nfe", "there.nfe"),
     ),
+    *_of(
+        "blur",
+        "density",
+        ("traces = log.diagonal(dim1=1, dim2=2).sum(1)[None]", "traces = log.diagonal(dim1=1, dim2=2).mean(1)[None]"),
+        ("traces = lengths[:-1] ** 2 * log[:-1, :, 0]", "traces = lengths[:-1] * log[:-1, :, 0]"),
+        ("(weights[-1] * lengths[-1][:, None]).T", "weights[-1].T"),
+        (
+            "gap = -(square * sum_rows(g * score) + traces.mean(0)) / 2",
+            "gap = -(square * sum_rows(g * score) - traces.mean(0)) / 2",
+        ),
+        (
+            "torch.where(rows, -over(square, g) * move, 0.0), Blur(",
+            "torch.where(rows, over(square, g) * move, 0.0), Blur(",
+        ),
+        ("log_dets=torch.where(fine, -traces / 2, 0.0)", "log_dets=torch.where(fine, -traces, 0.0)"),
+        ("gap=torch.where(fine, gap, math.inf)", "gap=torch.where(fine, gap, 0.0)"),
+        ("score=torch.where(rows, score, g)", "score=g"),
+        ("rest = rest - _laid(_dot(v, rest), v) * v", "rest = rest + _laid(_dot(v, rest), v) * v"),
+        ("_STEPS = 10", "_STEPS = 2"),
+        ("torch.diag_embed(ended.to(T))", "torch.diag_embed(0 * ended.to(T))"),
+        ("return 1 / (a.sqrt() + a)", "return 1 / (2 * a.sqrt())"),
+    ),
+    *_of(
+        "blur",
+        "log_prob",
+        ("(1 - ratio / 2 + ratio**2 / 3 - ratio**3 / 4) / b", "(1 + ratio / 2) / b"),
+        (
+            "-(1 / (a.sqrt() + b.sqrt()) + 1) * _move(a) * _move(b)",
+            "-(1 / (a.sqrt() + b.sqrt())) * _move(a) * _move(b)",
+        ),
+        (
+            "return axes @ (slopes * (axes.mT @ gradients[0] @ axes)) @ axes.mT",
+            "return axes @ (axes.mT @ gradients[0] @ axes) @ axes.mT",
+        ),
+    ),
+    *_of(
+        "density",
+        "density log_prob",
+        ("self.variance = self._spread(log_dets)", "self.variance = 0 * self._spread(log_dets)"),
+        ("self.allowed = self.atol + self._rounding(pair)", "self.allowed = self.atol + 0 * self._rounding(pair)"),
+        ("(error * self.allowed)[good] ** 2", "error[good] ** 2"),
+    ),
+    *_of(
+        "likelihood",
+        "log_prob likelihood density",
+        (
+            "return rows, rows.blur.log_dets + x[:1].numel() * alpha.log()",
+            "return rows, rows.blur.log_dets - x[:1].numel() * alpha.log()",
+        ),
+        ("scale, variance = alpha / alpha_0, sigma**2", "scale, variance = alpha, sigma**2"),
+    ),
+    *_of("bits", "bits", ("nfe += result.nfe", "nfe = result.nfe")),
 ]
 
 

@@ -437,3 +437,100 @@ def test_low_rank_data_under_edm_networks_of_their_own_deviation():
         model = wrapped(target, VP, "edm", deviation)
         result = sd.log_prob(model, x, prior=target.marginal(VP, 1.0), t_min=1e-5)
         assert (result.value - target.log_prob(x)).abs().max() < 2e-3
+
+
+# From a review
+
+
+def test_gradients_are_finite_where_eigenvalues_are_equal():
+    """K is a multiple of the identity; and with a parameter against finite differences, in a frame that mixes axes."""
+    round_ = sd.exact.Gaussian(torch.zeros(4, dtype=F64), 0.25)
+    x = round_.sample(3, seed=0).requires_grad_()
+    value = sd.log_prob(round_.model(VP), x, prior=round_.marginal(VP, 1.0), steps=60, differentiable=True).value
+    (slope,) = torch.autograd.grad(value.sum(), x)
+    torch.testing.assert_close(slope, -x.detach() / 0.25, rtol=0, atol=2e-3)
+
+    axes = torch.linalg.qr(normal(4, 4, seed=8))[0]
+
+    def total(gain):
+        scale = axes @ torch.diag(torch.stack([gain, gain, gain / 2, gain * gain])) @ axes.T
+
+        def denoised(x, t):
+            return x @ scale + 0.1 * (x**2).sum(1, keepdim=True).sin()
+
+        model = sd.ScoreModel(denoised, sd.VP(t_min=0.05), "data")
+        states = normal(3, 4, seed=2)
+        return sd.log_prob(model, states, steps=6, differentiable=torch.is_grad_enabled()).value.sum()
+
+    gain = torch.tensor(0.8, dtype=F64, requires_grad=True)
+    (slope,) = torch.autograd.grad(total(gain), gain)
+    with torch.no_grad():
+        numeric = (total(gain + 1e-5) - total(gain - 1e-5)) / 2e-5
+    assert slope.item() == pytest.approx(numeric.item(), rel=1e-6)
+
+
+def test_what_gave_wrong_numbers_is_refused():
+    target = gaussian(2)
+    model, x = target.model(VP), target.sample(3, seed=0)
+
+    class Cubic(sd.SDE):
+        def drift(self, t, x):
+            return -(x**3)
+
+        def diffusion(self, t, x):
+            return 1.0
+
+    nonlinear = sd.ScoreModel(lambda x, t: -x, Cubic(), "score")
+    with pytest.raises(sd.CapabilityError, match="takes no solver and a linear SDE"):
+        sd.log_prob(nonlinear, x, differentiable=True, prior=target)
+    with pytest.raises(sd.OptionError, match="atol_nats belongs to the default method"):
+        sd.log_prob(nonlinear, x, atol_nats=1e-3, prior=target)
+    with pytest.raises(sd.OptionError, match="max_nfe belongs to the default method"):
+        sd.log_prob(model, x, max_nfe=50, solver=sd.Heun())
+    with pytest.raises(sd.ShapeError, match=r"one number per row, shape \(3,\); it returned \(3, 2\)"):
+        sd.log_prob(model, x, prior=torch.distributions.Normal(0.0, 1.0))
+    outside = torch.tensor([[0.5, 0.5], [1.5, 0.5]], dtype=F64)
+    with pytest.raises(sd.OptionError, match=r"Rows \[1\] of x lie outside of the domain"):
+        sd.log_prob(model, outside, transform=torch.distributions.SigmoidTransform().inv)
+    with pytest.raises(sd.DivergenceError, match="x is NaN or infinite"):
+        sd.log_prob(model, torch.full((1, 2), math.nan, dtype=F64))
+    with pytest.raises(sd.TimeError, match="has no noise at t = 0"):
+        sd.log_prob(model, x, t_min=0.0)
+    flow = sd.RectifiedFlow(t_max=1.0)
+    blind = sd.ScoreModel(lambda x, t: target.model(flow).noise(t, x), flow, "noise")
+    with pytest.raises(sd.CapabilityError, match="alpha is 0, where a model that predicts 'noise'"):
+        sd.log_prob(blind, x)
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones((), dtype=F64))
+
+        def forward(self, x, t):
+            return self.weight * model.noise(t, x.detach())
+
+    with pytest.raises(sd.CapabilityError, match="not for automatic differentiation"):
+        sd.log_prob(sd.ScoreModel(Head(), VP, "noise"), x)
+    one, other = (sd.log_prob(model, x[:n], steps=5, divergence=Hutchinson(1), seed=0) for n in (3, 1))
+    with pytest.raises(sd.ShapeError, match="same rows are compared"):
+        one.minus(other)
+    with pytest.raises(sd.OptionError, match="compared with the same tail"):
+        one.minus(sd.log_prob(model, x, steps=5, divergence=Hutchinson(1), seed=0, tail="none"))
+
+
+def test_the_prior_gap_of_states_is_that_of_their_own_kernel():
+    target, t_min = gaussian(3), 0.3
+    x = target.marginal(VP, t_min).sample(4, seed=0)
+    result = sd.log_prob(target.model(VP), x, t_min=t_min, tail="none", steps=5)
+    times = torch.tensor([t_min, 1.0], dtype=F64)
+    scale, std = VP.transition(times[:1], times[1:])
+    q, p = torch.distributions.Normal(scale * x, std), torch.distributions.Normal(torch.zeros_like(x), VP.sigma(1.0))
+    torch.testing.assert_close(result.prior_gap, torch.distributions.kl_divergence(q, p).sum(1), rtol=1e-6, atol=1e-9)
+
+
+def test_a_model_as_a_distribution_scores_what_it_draws():
+    target, sde = sd.exact.Gaussian(torch.zeros(16, dtype=F64), 0.02**2), sd.VP(t_min=1e-3)
+    law = sd.as_distribution(target.model(sde), (16,), log_prob_options={"steps": 40})
+    drawn = law.sample((200,))
+    entropy = 8 * (1 + math.log(2 * math.pi * (0.02**2 * sde.alpha(1e-3) ** 2 + sde.sigma(1e-3) ** 2)))
+    assert law.log_prob(drawn).mean().item() == pytest.approx(-entropy, abs=4 * (8 / 200) ** 0.5)

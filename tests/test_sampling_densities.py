@@ -88,3 +88,15 @@ def test_decode_inverts_encode_and_the_round_trip_says_how_well():
     assert sd.round_trip(model, x, solver=sd.Adaptive(1e-6, 1e-6)).error.max() < 1e-4
     with pytest.raises(sd.CapabilityError, match="decode follows the probability-flow ODE, but DDPM"):
         sd.decode(model, x, solver=sd.DDPM())
+
+
+def test_densities_that_are_not_known_are_refused_and_inference_mode_is_left():
+    model, sde = MIXTURE.model(sd.VP()), sd.VP()
+    states = MIXTURE.marginal(sde, 0.1).sample(4, seed=0)
+    times = torch.linspace(0.1, 1e-4, 20, dtype=F64)
+    with pytest.raises(sd.TimeError, match="the log-density there is known at t_max"):
+        sd.sample(model, (4, 2), times=times, x_init=states, final="none", with_log_prob=True)
+    options = {"final": "none", "with_log_prob": True, "seed": 1, "steps": 10}
+    with torch.inference_mode():
+        inside = sd.sample(model, (3, 2), **options).log_prob
+    assert torch.equal(inside, sd.sample(model, (3, 2), **options).log_prob)
