@@ -77,8 +77,8 @@ class LogProb:
         stderr: standard error of the divergence estimate in nats, `(batch,)`: `value` +- 2 `stderr` holds the exact
             divergence in 95 % of cases (for few probes it is widened as Student's t asks). 0 for the exact divergence,
             NaN for a single probe.
-        error: estimate of the error of the solver in nats, `(batch,)`; usually several times too large. NaN with a
-            solver of the caller's.
+        error: estimate of the error of the solver in nats, `(batch,)`; usually several times too large. With probes,
+            of the path alone, not of the quadrature of the divergence; NaN with a solver of the caller's.
         latent: the state at t_max, `(batch, *event)`.
         nfe: network evaluations, the most that any row took.
         row_nfe: network evaluations of each row, `(batch,)`; None where they are alike.
