@@ -12,7 +12,9 @@ vectors their sum is exact.
 
 Orthogonal vectors are k different rows of Hadamard's matrix of order m, the power of two not below D, drawn without
 replacement, times signs that are shared by the k: the mean of all m forms is the trace itself, so that k of them are a
-simple random sample of a population of m whose mean is wanted. Their entries are `(-1)^popcount(r & c)`.
+simple random sample of a population of m whose mean is wanted. Their entries are `(-1)^popcount(r & c)`. A single one
+has no error bar to keep honest; there the rows of successive places are drawn without replacement, times the same
+signs, so that along a path, where J changes slowly, they make up for each other.
 
 The products `e^T J` are taken in reverse mode from one evaluation of the field, `J e` in forward mode from one
 evaluation for every chunk of vectors, which needs no memory for a backward pass.
@@ -43,6 +45,7 @@ Field: TypeAlias = Callable[[State], tuple[State, Tensor]]
 """`x -> (value, extra)`: the field, and whatever else its evaluation gives."""
 
 _MODES = ("reverse", "forward")
+_LOW = np.uint64(0xFFFFFFFF)
 _EXACT_UP_TO = 128
 _ENTRIES_AT_A_TIME = {True: 1 << 14, False: 1 << 22}
 """Of vectors on a CPU (more fall out of its caches), and elsewhere."""
@@ -233,8 +236,12 @@ def _gaussian(key: Words, place: Numbers, k: int, size: int) -> NDArray[np.float
 
 
 def _orthogonal(key: Words, place: Numbers, k: int, size: int) -> NDArray[np.float64]:
-    lots = keyed_words(key, place, 1, _order(size))
-    chosen = np.argsort(lots, axis=1, kind="stable")[:, :k].T
+    place, turn = place.astype(np.uint64), np.zeros(len(place), dtype=np.int64)
+    if k == 1:  # one probe at a place: places take their rows in turn, times the same signs
+        turn = (place & _LOW).astype(np.int64) % _order(size)
+        place = place & ~_LOW
+    lots = np.argsort(keyed_words(key, place, 1, _order(size)), axis=1, kind="stable")
+    chosen = np.take_along_axis(lots, turn[:, None] + np.arange(k), axis=1).T
     odd = (chosen[..., None] & np.arange(size)).astype(np.uint64)
     for shift in (32, 16, 8, 4, 2, 1):
         odd ^= odd >> np.uint64(shift)

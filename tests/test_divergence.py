@@ -395,3 +395,16 @@ def test_bad_arguments_get_a_sentence(make, sentence):
 def test_they_say_what_they_are():
     assert repr(Hutchinson(3, "gaussian", chunk=2)) == "Hutchinson(3, 'gaussian')"
     assert repr(Exact()).startswith("Exact(")
+
+
+def test_single_orthogonal_probes_of_successive_places_are_orthogonal():
+    """Rows of one Hadamard matrix in turn, times the same signs; each by itself is a vector of fair signs."""
+    places = np.arange(64)
+    vectors = drawn("orthogonal", 3, np.full(64, 5), places, 1, 64)[0]
+    assert np.array_equal(vectors @ vectors.T, 64 * np.eye(64))
+    again = drawn("orthogonal", 3, np.full(2, 5), np.array([64, 3]), 1, 64)[0]
+    assert np.array_equal(again, vectors[[0, 3]])
+    many = drawn("orthogonal", 3, np.arange(4000), np.full(4000, 7), 1, 16)[0]
+    assert np.abs(many.mean(0)).max() < 4.5 / 4000**0.5
+    off = (many.T @ many / 4000)[~np.eye(16, dtype=bool)]
+    assert np.abs(off).max() < 4.5 / 4000**0.5
