@@ -880,7 +880,7 @@ MUTANTS = [
         ("rows.astype(np.uint64) << np.uint64(32) | place.astype(np.uint64)", "rows.astype(np.uint64)"),
         ("(chosen[..., None] & np.arange(size))", "(chosen[..., None] | np.arange(size))"),
         ("keyed_signs(key, place, 0, size) * (1 - 2", "(1 - 2"),
-        ('np.argsort(lots, axis=1, kind="stable")[:, :k].T', "np.tile(np.arange(k)[:, None], len(lots))"),
+        ("turn = (place & _LOW).astype(np.int64) % _order(size)", "pass"),
         ("return 1 << max(size - 1, 0).bit_length()", "return 1 << size.bit_length()"),
         ("vectors = vectors.detach().clone().requires_grad_()", "pass"),
         ("size <= _EXACT_UP_TO", "size < _EXACT_UP_TO"),
