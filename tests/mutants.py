@@ -948,7 +948,7 @@ MUTANTS = [
     ),
     *_of(
         "blur",
-        "density",
+        "blur density",
         ("traces = log.diagonal(dim1=1, dim2=2).sum(1)[None]", "traces = log.diagonal(dim1=1, dim2=2).mean(1)[None]"),
         ("traces = lengths[:-1] ** 2 * log[:-1, :, 0]", "traces = lengths[:-1] * log[:-1, :, 0]"),
         ("(weights[-1] * lengths[-1][:, None]).T", "weights[-1].T"),
@@ -970,7 +970,7 @@ MUTANTS = [
     ),
     *_of(
         "blur",
-        "log_prob",
+        "blur log_prob",
         ("(1 - ratio / 2 + ratio**2 / 3 - ratio**3 / 4) / b", "(1 + ratio / 2) / b"),
         (
             "-(1 / (a.sqrt() + b.sqrt()) + 1) * _move(a) * _move(b)",
