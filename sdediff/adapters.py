@@ -181,7 +181,7 @@ class TorchDiffEq(Solver):
             options.setdefault("step_t", times[1:].to(x.device))
         else:
             fixed = _Stages(process, times, _FIXED[self.method].stages, x.dtype)
-            drift = lambda t, x: fixed.drift(t.item(), x)  # noqa: E731
+            drift = lambda t, x: fixed.drift(t.item(), x)  # noqa: E731  # one of two
         try:
             path = odeint(
                 drift, x, times.to(x.device), method=self.method, rtol=self.rtol, atol=self.atol, options=options

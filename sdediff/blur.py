@@ -175,5 +175,5 @@ class _Function(torch.autograd.Function):
 def _function(K: Tensor, values: Tensor, axes: Tensor, name: str) -> Tensor:
     """f(K); of the identity where K is not positive definite."""
     positive = torch.where((values[..., :1] > 0), values, 1.0)
-    result: Tensor = _Function.apply(K, positive, axes, name)  # type: ignore[no-untyped-call]
+    result: Tensor = _Function.apply(K, positive, axes, name)  # type: ignore[no-untyped-call]  # torch's own has no types
     return result

@@ -125,7 +125,7 @@ class Bins:
         """`x = T(codes + u)` and `log |det dT / du|`, wide."""
         y = wide(self.codes) + u
         x = self.transform(y)
-        log_det: Tensor = self.transform.log_abs_det_jacobian(y, x)  # type: ignore[no-untyped-call]
+        log_det: Tensor = self.transform.log_abs_det_jacobian(y, x)  # type: ignore[no-untyped-call]  # torch's own has no types
         return x, sum_rows(log_det)
 
     def edges(self) -> tuple[State, State]:

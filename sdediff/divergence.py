@@ -292,7 +292,7 @@ def _forward(field: Field, x: State) -> Expansion:
         try:
             with _plain_attention(True):
                 return torch.func.vmap(product, randomness="same")(vectors)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             raise CapabilityError(
                 f"The network has no derivative in forward mode ({str(error).splitlines()[0]}): "
                 "use mode='reverse', the default."

@@ -256,7 +256,7 @@ class ModelDistribution(Distribution):
     @property
     def support(self) -> constraints.Constraint:
         """All real events."""
-        return constraints.independent(constraints.real, len(self.event_shape))  # type: ignore[no-untyped-call]
+        return constraints.independent(constraints.real, len(self.event_shape))  # type: ignore[no-untyped-call]  # torch's has none
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Samples `(*sample_shape, *event_shape)`; a seed is drawn from torch's global generator unless one is set."""
@@ -358,7 +358,7 @@ def _transformed(transform: Transform | None, x: State) -> tuple[State, PerRow]:
     if transform is None:
         return x, wide(x.new_zeros(len(x)))
     domain: constraints.Constraint = transform.domain
-    inside = domain.check(x).reshape(len(x), -1).all(1)  # type: ignore[no-untyped-call]
+    inside = domain.check(x).reshape(len(x), -1).all(1)  # type: ignore[no-untyped-call]  # torch's own has no types
     if not bool(inside.all()):
         raise OptionError(
             f"Rows {(~inside).nonzero()[:, 0].tolist()[:8]} of x lie outside of the domain of {transform}, where there "
@@ -366,7 +366,7 @@ def _transformed(transform: Transform | None, x: State) -> tuple[State, PerRow]:
         )
     y = transform(x)
     check_state(y, "transform(x)")
-    log_det: Tensor = transform.log_abs_det_jacobian(x, y)  # type: ignore[no-untyped-call]
+    log_det: Tensor = transform.log_abs_det_jacobian(x, y)  # type: ignore[no-untyped-call]  # torch's own has no types
     return y, wide(log_det).reshape(len(x), -1).sum(1)
 
 

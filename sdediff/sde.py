@@ -220,7 +220,7 @@ def is_fixed(thing: object) -> bool:
 
     if not type(thing).__dict__.get("_fixed", False):
         return False
-    return all(fine(getattr(thing, field)) for field in type(thing).__dataclass_fields__)  # type: ignore[attr-defined]
+    return all(fine(getattr(thing, field)) for field in type(thing).__dataclass_fields__)  # type: ignore[attr-defined]  # a dataclass
 
 
 def fresh_seed() -> int:

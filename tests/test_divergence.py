@@ -303,6 +303,13 @@ class Backward(torch.autograd.Function):
         return g * torch.from_numpy(x.detach().numpy().copy()).cos()
 
 
+def test_networks_without_batched_backward_fall_back_to_a_loop():
+    x = normal(3, 4).requires_grad_()
+    basis = Exact().draw(x.detach(), 0, np.arange(3), np.arange(3))
+    products = vector_jacobian(Backward.apply(x), x, basis)
+    torch.testing.assert_close((products * basis).sum((0, 2)), x.cos().sum(1))
+
+
 def test_forward_mode_refuses_networks_without_it():
     x = normal(3, 4)
     with torch.no_grad(), pytest.raises(CapabilityError, match=r"no derivative in forward mode.*mode='reverse'"):
@@ -313,12 +320,7 @@ def test_forward_mode_refuses_networks_without_it():
         )
 
 
-class NoSecond(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
+class NoSecond(Backward):
     @staticmethod
     def backward(ctx, g):
         if torch.is_grad_enabled():

@@ -79,24 +79,6 @@ def test_the_divergence_is_the_trace_of_the_jacobian():
     assert torch.equal(probes.abs(), torch.ones(3, 4, 3, 2, 2, dtype=F64))
 
 
-def test_networks_without_batched_backward_fall_back_to_a_loop():
-    class Stubborn(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x.sin()
-
-        @staticmethod
-        def backward(ctx, g):
-            (x,) = ctx.saved_tensors
-            return g * torch.from_numpy(x.detach().numpy()).cos() if float(g.sum()) == float(g.sum()) else g
-
-    x = torch.randn(3, 4, dtype=F64, generator=GENERATOR).requires_grad_()
-    basis = sd.Exact().draw(x.detach(), 0, np.arange(3), np.arange(3))
-    products = vector_jacobian(Stubborn.apply(x), x, basis)
-    torch.testing.assert_close((products * basis).sum((0, 2)), x.cos().sum(1))
-
-
 def test_hutchinson_is_unbiased_with_an_honest_error_bar_that_falls_as_one_over_k():
     sde, target = sd.VP(), gaussian(20)
     x = target.sample(400, seed=0)

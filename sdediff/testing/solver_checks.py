@@ -215,8 +215,8 @@ def error_falls_at_its_order(solver: Solver, order: float | None = None) -> None
     model = target.model(_SDE)
     x = _start(target, 2)
     trial = sample(model, tuple(x.shape), solver=solver, times=uniform(_SDE, 8, t_min=_END), x_init=x, seed=0)
-    even: Callable[[int], Grid] = lambda n: uniform(_SDE, n, t_min=_END)  # noqa: E731
-    own: Callable[[int], Grid] = lambda n: solver.grid(model, n, _END)  # noqa: E731
+    even: Callable[[int], Grid] = lambda n: uniform(_SDE, n, t_min=_END)  # noqa: E731  # values
+    own: Callable[[int], Grid] = lambda n: solver.grid(model, n, _END)  # noqa: E731  # values
     for name, grid in (("even in t", even), ("of its own", own)):
         if claimed == 0 or trial.accepted is not None:
             _is_near(solver, grid(_STEPS[-1]), name)
