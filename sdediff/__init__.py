@@ -29,6 +29,7 @@ from sdediff.denoised import clamp_denoised as clamp_denoised
 from sdediff.denoised import dynamic_threshold as dynamic_threshold
 from sdediff.denoised import map_denoised as map_denoised
 from sdediff.dequantize import Dequantizer as Dequantizer
+from sdediff.distribution import as_distribution as as_distribution
 from sdediff.divergence import Divergence as Divergence
 from sdediff.divergence import Exact as Exact
 from sdediff.divergence import Hutchinson as Hutchinson
@@ -52,7 +53,6 @@ from sdediff.langevin import Langevin as Langevin
 from sdediff.langevin import LangevinByNorm as LangevinByNorm
 from sdediff.langevin import PredictorCorrector as PredictorCorrector
 from sdediff.likelihood import LogProb as LogProb
-from sdediff.likelihood import as_distribution as as_distribution
 from sdediff.likelihood import log_prob as log_prob
 from sdediff.linear import LinearSDE as LinearSDE
 from sdediff.linear import as_linear as as_linear

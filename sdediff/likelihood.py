@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
 
+from sdediff.augmented import WithLogDensity, flat
 from sdediff.density import DensityRows, FromData, standard_error_of, wide
 from sdediff.divergence import Divergence, divergence_for
 from sdediff.embedded import AdaptiveRungeKutta
@@ -55,8 +56,7 @@ from sdediff.runs import (
     grid_for,
     starts_at_prior,
 )
-from sdediff.sampling import sample
-from sdediff.sde import SDE, fresh_seed
+from sdediff.sde import fresh_seed
 from sdediff.shapes import Grid, PerRow, State, check_state, finite_or_raise, over, sum_rows
 from sdediff.solvers import Solver, Tally, merged
 
@@ -232,67 +232,6 @@ def log_prob(
     return LogProb(
         **{**vars(result), "value": value, "estimates": (result.estimates + log_det).detach(), "settings": settings}
     )
-
-
-class ModelDistribution(Distribution):
-    """A model as a distribution of torch, with `sample` by `sdediff.sample` and `log_prob` by `sdediff.log_prob`."""
-
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  # torch's own form
-    has_rsample = False
-
-    def __init__(
-        self,
-        model: ScoreModel,
-        event_shape: Sequence[int],
-        *,
-        sample_options: dict[str, Any] | None = None,
-        log_prob_options: dict[str, Any] | None = None,
-    ) -> None:
-        self.model = model
-        self.sample_options = {"final": "none", **(sample_options or {})}
-        self.log_prob_options = {"tail": "none", **(log_prob_options or {})}
-        super().__init__(torch.Size(), torch.Size(event_shape), validate_args=False)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """All real events."""
-        return constraints.independent(constraints.real, len(self.event_shape))  # type: ignore[no-untyped-call]  # torch's has none
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Samples `(*sample_shape, *event_shape)`; a seed is drawn from torch's global generator unless one is set."""
-        count = math.prod(sample_shape)
-        drawn = sample(self.model, (count, *self.event_shape), **self.sample_options).x
-        return drawn.reshape((*sample_shape, *self.event_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Nats, `value.shape` without the event."""
-        event = tuple(self.event_shape)
-        if tuple(value.shape[value.ndim - len(event) :]) != event:
-            raise ShapeError(f"value must have shape (..., {', '.join(map(str, event))}); got {tuple(value.shape)}.")
-        batch = value.shape[: value.ndim - len(event)]
-        return log_prob(self.model, value.reshape(-1, *event), **self.log_prob_options).value.reshape(batch)
-
-
-def as_distribution(
-    model: ScoreModel,
-    event_shape: Sequence[int],
-    *,
-    sample_options: dict[str, Any] | None = None,
-    log_prob_options: dict[str, Any] | None = None,
-) -> ModelDistribution:
-    """The model as a `torch.distributions.Distribution` with `sample` and `log_prob`.
-
-    Both are of the states at t_min, `sample(..., final="none")` and `log_prob(..., tail="none")`, unless the options
-    say otherwise: samples that are denoised have another law.
-
-    Args:
-        event_shape: shape of one event.
-        sample_options, log_prob_options: passed to `sample` and `log_prob`, for instance `{"steps": 20}` and
-            `{"atol_nats": 0.01}`.
-    """
-    if not isinstance(model, ScoreModel):
-        raise OptionError(f"The first argument must be a ScoreModel; got {type(model).__name__}.")
-    return ModelDistribution(model, event_shape, sample_options=sample_options, log_prob_options=log_prob_options)
 
 
 # What is to be done.
@@ -519,8 +458,8 @@ def _together(run: _Run, model: ScoreModel, counter: Counter, x: State, grid: Gr
         data, log_det = _from_data(run, model, x, grid, first_row)
         start, gap, score, variance = data.x, data.blur.gap, data.blur.score, data.variance
     vectors = divergence.draw(x, run.seed, first_row + numbers, 0 * numbers)
-    process = _WithLogDensity(model, divergence, vectors, tuple(x.shape[1:]))
-    state = torch.cat([_flat(start), x.new_zeros(len(x), divergence.count)], dim=1)
+    process = WithLogDensity(model, divergence, vectors, tuple(x.shape[1:]))
+    state = torch.cat([flat(start), x.new_zeros(len(x), divergence.count)], dim=1)
     silent, tally = RowNoise(0).open, Tally()
     *_, end = run.solver.solve(process, state, grid, silent(), tally)
     nfe = counter.calls
@@ -569,46 +508,3 @@ def _prior_gap(model: ScoreModel, prior: HasLogProb, x: State, grid: Grid, tail:
         scale, variance = alpha / alpha_0, sigma**2 - (alpha * sigma_0 / alpha_0) ** 2
     gap = kl_to_prior(cast(Prior, prior), scale * x.detach().cpu().double(), variance.sqrt().item())
     return wide(gap.to(x.dtype) if x.device.type == "mps" else gap).to(x.device)
-
-
-# Path and divergence as one process.
-
-
-def _flat(x: State) -> State:
-    return x.reshape(x.shape[0], -1)
-
-
-class _WithLogDensity(SDE):
-    """The probability-flow ODE with the integrals of its divergence as extra entries of every row."""
-
-    def __init__(self, model: ScoreModel, divergence: Divergence, vectors: Tensor, event: tuple[int, ...]) -> None:
-        self.model = model
-        self.divergence = divergence
-        self.vectors = vectors
-        self.event = event
-        self.t_min, self.t_max = model.sde.t_min, model.sde.t_max
-
-    @property
-    def noisy(self) -> bool:
-        return False
-
-    def rows(self, index: Tensor, batch: int) -> _WithLogDensity:
-        vectors = self.vectors[:, index.to(self.vectors.device)] if self.divergence.random else self.vectors
-        return _WithLogDensity(self.model.rows(index, batch), self.divergence, vectors[:, : len(index)], self.event)
-
-    def coefficients(self, t: Tensor, y: State) -> tuple[State, float]:
-        return self.drift(t, y), 0.0
-
-    def drift(self, t: Tensor, y: State) -> State:
-        size = math.prod(self.event)
-
-        def field(x: State) -> tuple[State, Tensor]:
-            return self.model.velocity(t, x), x
-
-        with torch.no_grad():
-            expansion = self.divergence.expand(field, y[:, :size].reshape(-1, *self.event))
-            estimates = self.divergence.estimate(expansion, self.vectors)
-        return torch.cat([_flat(expansion.value), estimates.T], dim=1)
-
-    def diffusion(self, t: Tensor, y: State) -> float:
-        return 0.0

@@ -357,10 +357,6 @@ MUTANTS = [
         ("nfe = max(nfe, counter.calls if tally.nfe is None else int(tally.nfe.max()))", "nfe += counter.calls"),
     ),
     *_of(
-        "likelihood",
-        "likelihood",
-    ),
-    *_of(
         "draws",
         "noise",
         ("generator_seed(start, number)", "generator_seed(start, number - self._blocks.numbers[0])"),
@@ -605,14 +601,6 @@ MUTANTS = [
         ("torch.full_like(times, 1 + noise_level**2)", "torch.full_like(times, 1 + noise_level)"),
     ),
     *_of(
-        "sampling",
-        "sampling",
-    ),
-    *_of(
-        "sampling",
-        "likelihood",
-    ),
-    *_of(
         "linear", "processes", ("with torch.inference_mode(False), torch.enable_grad():", "with torch.enable_grad():")
     ),
     *_of(
@@ -652,11 +640,6 @@ MUTANTS = [
         (" / max(e[:1].numel(), 1)).sqrt()", ").sqrt()"),
     ),
     *_of("reverse", "embedded", ("return replace(self, model=self.model.rows(index, batch))", "return self")),
-    *_of(
-        "likelihood",
-        "embedded",
-        ("_WithLogDensity(self.model.rows(index, batch), self", "_WithLogDensity(self.model, self"),
-    ),
     *_of(
         "adaptive_sde",
         "adaptive_sde",
@@ -901,15 +884,6 @@ MUTANTS = [
         ),
         ("return _Part(estimates + log_det, stderr", "return _Part(estimates, stderr"),
         ("first_row + numbers, 0 * numbers)", "numbers, 0 * numbers)"),
-        (
-            "torch.cat([_flat(expansion.value), estimates.T], dim=1)",
-            "torch.cat([_flat(expansion.value), -estimates.T], dim=1)",
-        ),
-    ),
-    *_of(
-        "likelihood",
-        "embedded",
-        ("self.vectors[:, index.to(self.vectors.device)]", "self.vectors"),
     ),
     *_of(
         "priors",
@@ -998,6 +972,16 @@ MUTANTS = [
         ("scale, variance = alpha / alpha_0, sigma**2", "scale, variance = alpha, sigma**2"),
     ),
     *_of("bits", "bits", ("nfe += result.nfe", "nfe = result.nfe")),
+    *_of(
+        "augmented",
+        "embedded likelihood",
+        ("WithLogDensity(self.model.rows(index, batch), self", "WithLogDensity(self.model, self"),
+        (
+            "torch.cat([flat(expansion.value), estimates.T], dim=1)",
+            "torch.cat([flat(expansion.value), -estimates.T], dim=1)",
+        ),
+        ("self.vectors[:, index.to(self.vectors.device)]", "self.vectors"),
+    ),
 ]
 
 

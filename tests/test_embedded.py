@@ -7,9 +7,9 @@ from helpers import NAMED, TwoFunctions, name
 
 import sdediff as sd
 from sdediff import Exact, Hutchinson, embedded
+from sdediff.augmented import WithLogDensity
 from sdediff.embedded import AdaptiveRungeKutta, add_rows, norm
 from sdediff.errors import CapabilityError, DivergenceError, OptionError
-from sdediff.likelihood import _WithLogDensity
 from sdediff.solvers import Tally
 
 F64 = torch.float64
@@ -348,7 +348,7 @@ def test_a_likelihood_under_conditions():
 def test_the_rows_of_the_augmented_process(divergence):
     model, x = RING.model(VP), RING.sample(5, seed=0)
     vectors = divergence.draw(x, 1, np.arange(5), np.zeros(5, dtype=int))
-    process = _WithLogDensity(model, divergence, vectors, (2,))
+    process = WithLogDensity(model, divergence, vectors, (2,))
     y, t = torch.cat([x, torch.zeros(5, divergence.count, dtype=F64)], 1), torch.linspace(0.1, 0.9, 5, dtype=F64)
     whole, silent = process.coefficients(t, y)
     assert silent == 0
