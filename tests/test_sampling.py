@@ -538,3 +538,11 @@ def test_a_solve_in_inference_mode_leaves_nothing_behind():
             sd.sample(model, (2, 2), solver=solver, steps=4, seed=0, dtype=F64)
         x = torch.zeros(2, 2, dtype=F64)
         sd.sample(model, (2, 2), x_init=x, solver=solver, steps=4, seed=0, differentiable=True).x.sum().backward()
+
+
+def test_a_kept_grid_cannot_be_changed_from_outside():
+    model = sd.exact.Gaussian(torch.zeros(2, dtype=torch.float64), 0.3).model(sd.VP())
+    first = sd.sample(model, (2, 2), steps=7, seed=0)
+    times = first.times.clone()
+    first.times.zero_()
+    assert torch.equal(sd.sample(model, (2, 2), steps=7, seed=0).times, times)
