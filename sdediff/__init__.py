@@ -4,6 +4,7 @@ Diffusion models as continuous stochastic differential equations in PyTorch: sam
 linear SDE, with the samplers of the field as special cases. See the README for ten lines that show it.
 """
 
+from sdediff import decoders as decoders
 from sdediff import dequantize as dequantize
 from sdediff import exact as exact
 from sdediff import grids as grids
@@ -54,6 +55,7 @@ from sdediff.langevin import LangevinByNorm as LangevinByNorm
 from sdediff.langevin import PredictorCorrector as PredictorCorrector
 from sdediff.likelihood import LogProb as LogProb
 from sdediff.likelihood import log_prob as log_prob
+from sdediff.learned import LearnedVP as LearnedVP
 from sdediff.linear import LinearSDE as LinearSDE
 from sdediff.linear import as_linear as as_linear
 from sdediff.model import ScoreModel as ScoreModel
@@ -93,5 +95,7 @@ from sdediff.training import TrainedModel as TrainedModel
 from sdediff.training import fit as fit
 from sdediff.training import load as load
 from sdediff.training import save as save
+from sdediff.vdm import VDM as VDM
+from sdediff.vdm import variational as variational
 
 __version__ = "0.1.0"
