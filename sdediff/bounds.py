@@ -143,6 +143,7 @@ class DenoisingLogProb:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+@torch.no_grad()
 def elbo(
     model: ScoreModel,
     x: State,
@@ -196,7 +197,9 @@ def elbo(
         if discrete:
             values = weights * torch.stack([part.errors(grid[:-1]) for _ in range(samples)])
             result |= {"terms": values.mean(0), "diffusion": values.sum(1).mean(0)}
-            variance = (reconstruction - values.sum(1)).var(0) / samples if samples > 1 else torch.nan * reconstruction[0]
+            variance = (
+                (reconstruction - values.sum(1)).var(0) / samples if samples > 1 else torch.nan * reconstruction[0]
+            )
         else:
             integral, variance = _integral(part.errors(part.times(part.spread())), task.span)
             result["diffusion"] = integral
@@ -209,6 +212,7 @@ def elbo(
     return ELBO(**values, total=total, nfe=nfe, times=grid, settings=settings)
 
 
+@torch.no_grad()
 def sde_bound(
     model: ScoreModel,
     x: State,
@@ -247,6 +251,7 @@ def sde_bound(
     return SDEBound(**values, nfe=nfe, settings=task.settings)
 
 
+@torch.no_grad()
 def denoising_log_prob(
     model: ScoreModel,
     x: State,

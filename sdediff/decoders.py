@@ -108,9 +108,7 @@ class Decoder(ABC):
             got = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
             raise ShapeError(f"Codes must be a tensor of integers (batch, *event); got {got}.")
         if codes.numel() and not (codes.min() >= 0 and codes.max() < self.levels):
-            raise OptionError(
-                f"Codes must lie in 0..{self.levels - 1}; got {int(codes.min())}..{int(codes.max())}."
-            )
+            raise OptionError(f"Codes must lie in 0..{self.levels - 1}; got {int(codes.min())}..{int(codes.max())}.")
         return self.centres.to(codes.device, dtype or torch.get_default_dtype())[codes.long()]
 
     def codes(self, x: State) -> Codes:

@@ -34,9 +34,9 @@ from sdediff.linear import LinearSDE, like
 from sdediff.processes import _sigmoid, _softplus
 from sdediff.shapes import Time, as_float64, as_time
 
-_STEEPEST = 4.0
-"""Rise of a step of a fresh network, in widths between steps."""
-_STEPS = 0.1
+_STEEPNESS = 3.0
+"""Of a step of a fresh network, as a rate, times the distance between steps: they overlap."""
+_STEPS = 0.5
 """Their share of its rise: it starts nearly straight."""
 
 
@@ -48,12 +48,12 @@ class MonotoneNetwork(nn.Module):
         span: the times between which it is to be flexible.
     """
 
-    def __init__(self, hidden: int = 64, span: tuple[float, float] = (0.0, 1.0)) -> None:
+    def __init__(self, hidden: int = 32, span: tuple[float, float] = (0.0, 1.0)) -> None:
         super().__init__()
         if not isinstance(hidden, int) or hidden < 1:
             raise OptionError(f"A MonotoneNetwork needs hidden >= 1, a whole number; got {hidden!r}.")
         self.span = span
-        steep = torch.full((hidden,), _STEEPEST * hidden, dtype=torch.float64)
+        steep = torch.full((hidden,), _STEEPNESS * hidden, dtype=torch.float64)
         centres = (torch.arange(hidden, dtype=torch.float64) + 0.5) / hidden
         self.log_slope = nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.log_rates = nn.Parameter(steep.log())
@@ -73,7 +73,7 @@ class LearnedVP(nn.Module, LinearSDE):
     Solvers see the schedule as it is when they start, and keep nothing of it.
 
     Args:
-        gamma: a rising function of float64 times of any shape, often an `nn.Module`; differentiable by torch. Its
+        gamma: a rising function of float64 times `(n,)`, often an `nn.Module`; differentiable by torch. Its
             values are moved and stretched to run from gamma_min to gamma_max. None for a `MonotoneNetwork`.
         gamma_min, gamma_max: the ends to start with; if None, those of `gamma`, or -13.3 and 5 without one.
         hidden: size of the MonotoneNetwork.
@@ -97,7 +97,7 @@ class LearnedVP(nn.Module, LinearSDE):
         gamma_min: float | None = None,
         gamma_max: float | None = None,
         *,
-        hidden: int = 64,
+        hidden: int = 32,
         learn_ends: bool = True,
         t_min: float = 1e-3,
         t_max: float = 1.0,
@@ -106,14 +106,14 @@ class LearnedVP(nn.Module, LinearSDE):
         if not 0 < t_min < t_max < math.inf:
             raise OptionError(f"LearnedVP needs a span 0 < t_min < t_max; got [{t_min:g}, {t_max:g}].")
         self.t_min, self.t_max = float(t_min), float(t_max)
-        self.config = {"hidden": hidden, "learn_ends": learn_ends, "t_min": self.t_min, "t_max": self.t_max}
+        own_curve = {"hidden": hidden, "learn_ends": learn_ends, "t_min": self.t_min, "t_max": self.t_max}
+        self.config = own_curve if gamma is None else None
         self.curve = MonotoneNetwork(hidden, (self.t_min, self.t_max)) if gamma is None else gamma
         self._hook: Callable[[Tensor], Tensor] | None = None
         if gamma is None:
             own = (-13.3, 5.0)
         else:
-            self._check_rising()
-            own = (self._curve_at(self.t_min).item(), self._curve_at(self.t_max).item())
+            own = self._rising_ends()
         low, high = own[0] if gamma_min is None else gamma_min, own[1] if gamma_max is None else gamma_max
         if not (low < high and math.isfinite(high - low)):
             raise OptionError(
@@ -150,7 +150,9 @@ class LearnedVP(nn.Module, LinearSDE):
             part = self._part(at)
             rise = torch.zeros_like(at)
             if part.requires_grad:
-                (rise,) = torch.autograd.grad(part.sum(), at, create_graph=True, allow_unused=True, materialize_grads=True)
+                (rise,) = torch.autograd.grad(
+                    part.sum(), at, create_graph=True, allow_unused=True, materialize_grads=True
+                )
         rise = rise if torch.is_grad_enabled() else rise.detach()
         falling = ~(rise >= 0)
         if bool(falling.any()):
@@ -181,16 +183,16 @@ class LearnedVP(nn.Module, LinearSDE):
 
     def _part(self, t: Tensor) -> Tensor:
         """The curve, moved and stretched to run from 0 to 1 between t_min and t_max."""
-        first, last = self._curve_at(self.t_min), self._curve_at(self.t_max)
-        return (self._curve_at(t) - first) / (last - first)
+        ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64)
+        values = self._curve_at(torch.cat([ends.to(self.ends.device), t.reshape(-1).to(self.ends.device)]))
+        return (values[2:].reshape(t.shape) - values[0]) / (values[1] - values[0])
 
-    def _curve_at(self, t: Tensor | float) -> Tensor:
-        at = as_time(t).to(self.ends.device if "ends" in self._parameters else "cpu")
-        value = self.curve(at)
-        if not isinstance(value, Tensor) or value.shape != at.shape:
+    def _curve_at(self, t: Tensor) -> Tensor:
+        value = self.curve(t)
+        if not isinstance(value, Tensor) or value.shape != t.shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ShapeError(
-                f"gamma must take times of any shape and return a tensor of the same, {tuple(at.shape)}; it returned "
+                f"gamma must take times (n,) and return a tensor of the same shape, here {tuple(t.shape)}; it returned "
                 f"{got}."
             )
         return as_float64(value)
@@ -203,7 +205,8 @@ class LearnedVP(nn.Module, LinearSDE):
         value.register_hook(self._hook)
         return value
 
-    def _check_rising(self) -> None:
+    def _rising_ends(self) -> tuple[float, float]:
+        """The values of the curve at t_min and t_max, after a look at what lies between."""
         times = torch.linspace(self.t_min, self.t_max, 257, dtype=torch.float64)
         with torch.no_grad():
             values = self._curve_at(times)
@@ -214,6 +217,7 @@ class LearnedVP(nn.Module, LinearSDE):
                 f"gamma = -log SNR must rise strictly with time; it goes from {values[i]:.6g} at t = {times[i]:g} to "
                 f"{values[i + 1]:.6g} at t = {times[i + 1]:g}."
             )
+        return values[0].item(), values[-1].item()
 
     # As a linear SDE.
 

@@ -41,7 +41,7 @@ from sdediff.linear import LinearSDE, as_linear
 from sdediff.losses import denoising, low_discrepancy
 from sdediff.model import ScoreModel
 from sdediff.sde import SDE, SLACK
-from sdediff.shapes import PerRow, State, Time, as_time, check_state, over, per_row, sum_rows
+from sdediff.shapes import PerRow, State, as_time, check_state, over, per_row, sum_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,9 @@ def variational(
     """
     check_state(x0, "x0")
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-        raise OptionError(f"variational needs a whole number of steps >= 1, or None for continuous time; got {steps!r}.")
+        raise OptionError(
+            f"variational needs a whole number of steps >= 1, or None for continuous time; got {steps!r}."
+        )
     sde = model.linear
     span = sde.t_max - sde.t_min
     if t is None:
@@ -109,7 +111,7 @@ def variational(
     errors = math.prod(x0.shape[1:]) * denoising(model, x0, t=clock, noise=noise, condition=condition)
     rise = span * _slope(sde, clock) if steps is None else steps * _rise(sde, clock, span / steps)
     last = sde.log_snr(torch.tensor(sde.t_max, dtype=torch.float64)).exp()
-    prior = over(last / 2, x0[:, :0].flatten(1)[:, :0].sum(1)) * sum_rows(x0**2)
+    prior = (last / 2).to(x0) * sum_rows(x0**2)
     bound = model if condition is None else model.given(condition)
     return Variational(prior, _reconstruction(bound, x0, noise_0, decoder), over(rise / 2, errors) * errors)
 
