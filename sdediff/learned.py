@@ -34,31 +34,31 @@ from sdediff.linear import LinearSDE, like
 from sdediff.processes import _sigmoid, _softplus
 from sdediff.shapes import Time, as_float64, as_time
 
-_STEEPNESS = 3.0
-"""Of a step of a fresh network, as a rate, times the distance between steps: they overlap."""
-_STEPS = 0.5
-"""Their share of its rise: it starts nearly straight."""
+_RATES = (2.0, 64.0)
+"""Of the widest and the sharpest step of a fresh network, per span."""
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class MonotoneNetwork(nn.Module):
     """A strictly rising function of time, nearly straight at first; float64.
 
     Args:
-        hidden: number of smooth steps, spread over the span.
+        hidden: number of smooth steps, wide ones and sharp ones, spread over the span.
         span: the times between which it is to be flexible.
     """
 
-    def __init__(self, hidden: int = 32, span: tuple[float, float] = (0.0, 1.0)) -> None:
+    def __init__(self, hidden: int = 16, span: tuple[float, float] = (0.0, 1.0)) -> None:
         super().__init__()
         if not isinstance(hidden, int) or hidden < 1:
             raise OptionError(f"A MonotoneNetwork needs hidden >= 1, a whole number; got {hidden!r}.")
         self.span = span
-        steep = torch.full((hidden,), _STEEPNESS * hidden, dtype=torch.float64)
-        centres = (torch.arange(hidden, dtype=torch.float64) + 0.5) / hidden
+        index = torch.arange(hidden, dtype=torch.float64)
+        rates = _RATES[0] * (_RATES[1] / _RATES[0]) ** (index / max(hidden - 1, 1))
+        centres = (0.5 + _GOLDEN * index) % 1
         self.log_slope = nn.Parameter(torch.zeros((), dtype=torch.float64))
-        self.log_rates = nn.Parameter(steep.log())
-        self.shifts = nn.Parameter(-steep * centres)
-        self.log_heights = nn.Parameter(torch.full_like(steep, math.log(_STEPS / hidden)))
+        self.log_rates = nn.Parameter(rates.log())
+        self.shifts = nn.Parameter(-rates * centres)
+        self.log_heights = nn.Parameter(torch.full_like(rates, -math.log(hidden)))
 
     def forward(self, t: Tensor) -> Tensor:
         """float64, shaped as t."""
@@ -97,7 +97,7 @@ class LearnedVP(nn.Module, LinearSDE):
         gamma_min: float | None = None,
         gamma_max: float | None = None,
         *,
-        hidden: int = 32,
+        hidden: int = 16,
         learn_ends: bool = True,
         t_min: float = 1e-3,
         t_max: float = 1.0,
@@ -133,8 +133,9 @@ class LearnedVP(nn.Module, LinearSDE):
         """`-log SNR(t)`, float64, shaped as t."""
         clock = as_time(t)
         low, high = self._ends()
-        part = self._tracked(self._part(clock.clamp(min=self.t_min)))
-        before = (clock.clamp(max=self.t_min) / self.t_min).log()
+        early = clock < self.t_min
+        part = self._tracked(self._part(torch.where(early, self.t_min, clock)))
+        before = (torch.where(early, clock, self.t_min) / self.t_min).log()
         return (low * (1 - part) + high * part).to(clock.device) + before
 
     def slope(self, t: Time) -> Tensor:
