@@ -53,9 +53,9 @@ from sdediff.langevin import Corrector as Corrector
 from sdediff.langevin import Langevin as Langevin
 from sdediff.langevin import LangevinByNorm as LangevinByNorm
 from sdediff.langevin import PredictorCorrector as PredictorCorrector
+from sdediff.learned import LearnedVP as LearnedVP
 from sdediff.likelihood import LogProb as LogProb
 from sdediff.likelihood import log_prob as log_prob
-from sdediff.learned import LearnedVP as LearnedVP
 from sdediff.linear import LinearSDE as LinearSDE
 from sdediff.linear import as_linear as as_linear
 from sdediff.model import ScoreModel as ScoreModel

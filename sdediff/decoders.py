@@ -9,13 +9,13 @@ A decoder is a distribution over the codes, entry by entry, and so turns the var
 one on a log-probability: `E_q(z | x) log P(x | z)` is its reconstruction term. With `z = alpha x + sigma eps` at t_min,
 s = sigma / alpha, and Phi the normal distribution function,
 
-| | P(c_j given z) | |
-|---|---|---|
-| `Softmax` | proportional to exp(-(z / alpha - c_j)^2 / 2 s^2) | q(z given x) turned round, for a uniform prior over codes |
-| `DiscretizedGaussian` | Phi((c_j + w/2 - m) / s) - Phi((c_j - w/2 - m) / s) | mass of `N(m, s^2)`, m = xhat(z), in the bin |
+| | P(c_j given z) |
+|---|---|
+| `Softmax` | proportional to exp(-(z / alpha - c_j)^2 / 2 s^2): Bayes' rule for codes of equal odds |
+| `DiscretizedGaussian` | Phi((c_j + w/2 - m) / s) - Phi((c_j - w/2 - m) / s), m = xhat(z): the mass in the bin |
 
-The first bin of `DiscretizedGaussian` is open to the left and the last to the right, so that both sum to one. Masses are
-`log Phi(b) + log(1 - exp(log Phi(a) - log Phi(b)))` on the side of the mean where a and b are not positive: accurate in
+The first bin of `DiscretizedGaussian` is open to the left and the last to the right, so that both sum to one. Its
+masses are `log Phi(b) + log(1 - exp(log Phi(a) - log Phi(b)))` on the side of the mean where `a + b <= 0`: accurate in
 both tails, and for narrow bins, where they tend to the density times w. For s far below w both are 1 at the nearest
 centre. `Softmax` needs no network; `DiscretizedGaussian` profits from a denoiser that sees more than one entry.
 

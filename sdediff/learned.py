@@ -3,7 +3,7 @@ r"""A variance-preserving process whose schedule is learned.
 With `gamma(t) = -log SNR(t)`, any rising function gives a process,
 
     alpha^2 = sigmoid(-gamma),    sigma^2 = sigmoid(gamma),
-    a = alpha' / alpha = -gamma' sigma^2 / 2,    g^2 = gamma' sigma^2,    alpha' = a alpha,    sigma' = gamma' alpha^2 sigma / 2.
+    a = alpha' / alpha = -gamma' sigma^2 / 2,    sigma' = gamma' alpha^2 sigma / 2,    g^2 = gamma' sigma^2.
 
 `LearnedVP` has gamma from its two ends, which are parameters, and a rising function f, which may have parameters too:
 
@@ -110,10 +110,7 @@ class LearnedVP(nn.Module, LinearSDE):
         self.config = own_curve if gamma is None else None
         self.curve = MonotoneNetwork(hidden, (self.t_min, self.t_max)) if gamma is None else gamma
         self._hook: Callable[[Tensor], Tensor] | None = None
-        if gamma is None:
-            own = (-13.3, 5.0)
-        else:
-            own = self._rising_ends()
+        own = (-13.3, 5.0) if gamma is None else self._rising_ends()
         low, high = own[0] if gamma_min is None else gamma_min, own[1] if gamma_max is None else gamma_max
         if not (low < high and math.isfinite(high - low)):
             raise OptionError(
@@ -203,7 +200,7 @@ class LearnedVP(nn.Module, LinearSDE):
         if self._hook is None or not value.requires_grad or value.ndim == 0:
             return value
         value = value.clone()
-        value.register_hook(self._hook)
+        value.register_hook(self._hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return value
 
     def _rising_ends(self) -> tuple[float, float]:

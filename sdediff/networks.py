@@ -1,10 +1,10 @@
 r"""A small network for vectors: a residual perceptron with Fourier features of the time.
 
 Images want a U-Net: `UNet` wraps the one of diffusers (extra `diffusers`). Any callable `network(x, t)` serves as well.
-`FourierFeatures` shows any of them the fine detail of its input, which decides between neighbouring codes of discrete data.
+`FourierFeatures` shows any of them the fine detail of its input, which tells neighbouring codes of discrete data apart.
 
-References: Kingma et al. 2021 (arXiv:2107.00630), Fourier features of the input; Tancik et al. 2020 (arXiv:2006.10739), Fourier features; Peebles and Xie 2023 (arXiv:2212.09748), residual
-blocks with adaptive normalisation that start as the identity.
+References: Tancik et al. 2020 (arXiv:2006.10739), Fourier features; Kingma et al. 2021 (arXiv:2107.00630), of the
+input; Peebles and Xie 2023 (arXiv:2212.09748), residual blocks with adaptive normalisation that start as the identity.
 """
 
 from __future__ import annotations

@@ -117,7 +117,9 @@ def test_the_loss_of_steps_is_the_sum_of_divergences_and_tends_to_the_continuous
 
 
 def test_it_is_minus_the_bound_in_expectation():
-    target = sd.exact.GaussianMixture(torch.ones(2), torch.tensor([[-1.0, 0.0], [1.0, 0.5]], dtype=F64), torch.tensor([0.05, 0.2]))
+    target = sd.exact.GaussianMixture(
+        torch.ones(2), torch.tensor([[-1.0, 0.0], [1.0, 0.5]], dtype=F64), torch.tensor([0.05, 0.2])
+    )
     decoder = Softmax(9, (-2.0, 2.0))
     codes = torch.tensor([[1, 4], [7, 5]])
     for sde in (sd.VP(t_min=0.02), shaped(gamma_min=-6.0, size=0.3)):
@@ -125,7 +127,11 @@ def test_it_is_minus_the_bound_in_expectation():
         for kind, steps in ((None, None), (decoder, None), (DiscretizedGaussian(9, (-2.0, 2.0)), 7)):
             x = decoder.points(codes, F64).repeat(count, 1)  # even times in a row see both
             generator = torch.Generator().manual_seed(0)
-            values = sd.variational(model, x, decoder=kind, steps=steps, generator=generator).total.detach().reshape(count, 2)
+            values = (
+                sd.variational(model, x, decoder=kind, steps=steps, generator=generator)
+                .total.detach()
+                .reshape(count, 2)
+            )
             times = None if steps is None else torch.linspace(sde.t_max, sde.t_min, steps + 1, dtype=F64)
             truth = sd.elbo(model, x[:2], times=times, samples=128, decoder=kind, seed=1)
             off = values.mean(0) + truth.total
@@ -153,7 +159,9 @@ def test_times_are_even_and_drawn_by_the_generator():
 @pytest.mark.parametrize("decoder", [None, Softmax(5), DiscretizedGaussian(5)])
 def test_one_backward_pass_gives_the_curve_the_mean_square_and_all_else_the_mean(steps, decoder):
     torch.manual_seed(0)
-    vdm = sd.VDM(MLP((2,), 8, 1).double(), shaped(hidden=2, size=0.3, gamma_min=-4.0, gamma_max=3.0), decoder, steps=steps)
+    vdm = sd.VDM(
+        MLP((2,), 8, 1).double(), shaped(hidden=2, size=0.3, gamma_min=-4.0, gamma_max=3.0), decoder, steps=steps
+    )
     with torch.no_grad():
         for p in vdm.network.parameters():
             p += 0.2 * torch.randn_like(p)
@@ -231,7 +239,7 @@ def moments():
     first, second = [], []
     for g in gamma:
         alpha, sigma = Level.scales_at(g)
-        error = (alpha * network(alpha * x + sigma * noise, g.expand(4000)) + sigma * (alpha * x + sigma * noise) - noise)
+        error = alpha * network(alpha * x + sigma * noise, g.expand(4000)) + sigma * (alpha * x + sigma * noise) - noise
         square = error.square().sum(1)
         first.append(square.mean())
         second.append(square.square().mean())
@@ -279,8 +287,8 @@ def test_the_variance_falls_to_near_the_least_possible():
     before = sampled(vdm, n, seed=1)
     assert abs(before.var().item() / straight - 1) < 0.1, "a fresh curve is nearly straight"
     sd.train(
-        vdm, vdm.loss, mixture().sample(4096, seed=2), steps=400, batch_size=128, lr=0.05, clip=None, ema=0.97, warmup=10,
-        seed=0, progress=False,
+        vdm, vdm.loss, mixture().sample(4096, seed=2), steps=400, batch_size=128, lr=0.05, clip=None, ema=0.97,
+        warmup=10, seed=0, progress=False,
     )  # fmt: skip
     after = sampled(vdm, n, seed=3)
     assert vdm.sde.ends.tolist() == [-13.3, 5.0]
@@ -300,7 +308,9 @@ def test_ends_network_and_curve_are_learned_together():
     x = decoder.points(codes)
     p = torch.bincount(codes.flatten(), minlength=5) / codes.numel()
     entropy = -2 * (p * p.log()).sum().item()
-    vdm = sd.VDM(FourierFeatures(MLP((10,), 64, 2), (2.5, 5.0)), sd.LearnedVP(gamma_min=-6.0, gamma_max=1.0, hidden=8), decoder)
+    vdm = sd.VDM(
+        FourierFeatures(MLP((10,), 64, 2), (2.5, 5.0)), sd.LearnedVP(gamma_min=-6.0, gamma_max=1.0, hidden=8), decoder
+    )
     first = -sd.elbo(vdm.model, x[:512], samples=32, decoder=decoder, seed=0).total.mean()
     losses = sd.train(
         vdm, vdm.loss, x, steps=400, batch_size=128, lr=5e-3, clip=None, ema=0.98, warmup=20, seed=0, progress=False
@@ -310,7 +320,7 @@ def test_ends_network_and_curve_are_learned_together():
     assert entropy - 4 * error < last < entropy + 0.4 < first - 2, (entropy, last, first)
     assert losses[-50:].mean() < losses[:50].mean()
     low, high = vdm.sde.ends.tolist()
-    assert -6.0 < low, "noise that no code can be told apart by costs, and buys nothing"
+    assert low > -6.0, "noise that no code can be told apart by costs, and buys nothing"
     assert high != 1.0
     drawn = sd.sample(vdm.model, (64, 2), seed=0).x
     assert decoder.sample(vdm.model, 1e-3, drawn, seed=0).shape == (64, 2)
@@ -374,25 +384,26 @@ def test_fourier_features_serve_the_networks_of_the_library():
 # What is refused
 
 X = torch.zeros(2, 3)
+MODEL = scalar_target().model(sd.VP())
 
 
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
-        (lambda: sd.variational(scalar_target().model(sd.VP()), X[:, :1], steps=0), OptionError, ["steps >= 1", "got 0"]),
-        (lambda: sd.variational(scalar_target().model(sd.VP()), X[:, :1], steps=1.5), OptionError, ["whole", "1.5"]),
+        (lambda: sd.variational(MODEL, X[:, :1], steps=0), OptionError, ["steps >= 1", "got 0"]),
+        (lambda: sd.variational(MODEL, X[:, :1], steps=1.5), OptionError, ["whole", "1.5"]),
         (
-            lambda: sd.variational(scalar_target().model(sd.VP()), X[:, :1], steps=4, t=torch.tensor([0.1, 1.0])),
+            lambda: sd.variational(MODEL, X[:, :1], steps=4, t=torch.tensor([0.1, 1.0])),
             TimeError,
             ["at least one step, 0.2", "got 0.1"],
         ),
         (
-            lambda: sd.variational(scalar_target().model(sd.VP()), X[:, :1], t=torch.tensor([0.1, 1.5])),
+            lambda: sd.variational(MODEL, X[:, :1], t=torch.tensor([0.1, 1.5])),
             TimeError,
             ["t = 1.5 lies outside"],
         ),
-        (lambda: sd.variational(scalar_target().model(sd.VP()), X[:, :1], t=torch.ones(3)), ShapeError, ["(2,)", "(3,)"]),
-        (lambda: sd.variational(scalar_target().model(sd.VP()), X[:, :1].long()), ShapeError, ["floating-point"]),
+        (lambda: sd.variational(MODEL, X[:, :1], t=torch.ones(3)), ShapeError, ["(2,)", "(3,)"]),
+        (lambda: sd.variational(MODEL, X[:, :1].long()), ShapeError, ["floating-point"]),
         (
             lambda: sd.VDM(MLP((3,), 8, 1), sd.LearnedVP(), Softmax(5)).loss(X + 0.1),
             OptionError,
