@@ -113,8 +113,8 @@ def test_a_rising_function_of_ones_own_gives_its_shape_and_by_itself_its_ends():
 def all_solvers():
     return [
         sd.DDPM(), sd.DDIM(), sd.Exponential(), sd.Exponential(2, predict="data"), sd.UniPC(), sd.Heun(),
-        sd.RungeKutta(), sd.EulerMaruyama(), sd.Adaptive(), sd.AdaptiveStochastic(0.05, 0.05), sd.SRA1(), sd.AdaptiveRungeKutta(),
-        sd.PredictorCorrector(sd.DDPM(), sd.Langevin()), sd.TorchDiffEq(), sd.TorchSDE("euler"),
+        sd.RungeKutta(), sd.EulerMaruyama(), sd.Adaptive(), sd.AdaptiveStochastic(0.05, 0.05), sd.SRA1(),
+        sd.AdaptiveRungeKutta(), sd.PredictorCorrector(sd.DDPM(), sd.Langevin()), sd.TorchDiffEq(), sd.TorchSDE("euler"),
     ]  # fmt: skip
 
 
