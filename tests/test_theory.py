@@ -17,6 +17,7 @@ import pytest
 from mutants import MUTANTS, ROOT
 
 import sdediff as sd
+from sdediff.model import PREDICTIONS
 
 HEADER = ["equation", "function", "test"]
 PROVEN = {(mutant.module, test) for mutant in MUTANTS for test in mutant.tests}
@@ -69,8 +70,12 @@ def module_and_object(name):
     if not found:
         raise LookupError
     module, attributes = sd, found[1].split(".")[1:]
-    while attributes and inspect.ismodule(getattr(module, attributes[0], None)):
-        module = import_module(f"{module.__name__}.{attributes.pop(0)}")
+    while attributes:
+        try:
+            module = import_module(f"{module.__name__}.{attributes[0]}")
+        except ModuleNotFoundError:
+            break
+        del attributes[0]
     thing = module
     for attribute in attributes:
         thing = getattr(thing, attribute)
@@ -78,7 +83,7 @@ def module_and_object(name):
 
 
 @cache
-def tests_of(path):
+def proofs_in(path):
     """The tests of a file by name, `Class::test` for those of classes."""
     if not re.fullmatch(r"tests/test_\w+\.py", path) or not (ROOT / path).exists():
         return {}
@@ -102,9 +107,9 @@ def missing_function(name):
 
 def missing_test(name):
     path, _, test = name.partition("::")
-    if test not in tests_of(path):
+    if test not in proofs_in(path):
         return f"`{name}` is not a test"
-    marks = [ast.unparse(mark) for mark in tests_of(path)[test].decorator_list]
+    marks = [ast.unparse(mark) for mark in proofs_in(path)[test].decorator_list]
     return f"`{name}` is skipped" if any(re.search("skip|xfail", mark) for mark in marks) else None
 
 
@@ -157,9 +162,10 @@ def problems(pages):
         out += [problem for row in table for problem in problems_of(row)]
     claims = listed(index)
     for page, names in claims.items():
-        found = [row.key for row in tables.get(page, [])]
-        out += [f"index.md lists '{name}', which no row of {page}.md begins with" for name in names if name not in found]
-        out += [f"{row}: its name is not in the list of index.md" for row in tables.get(page, []) if row.key not in names]
+        table = tables.get(page, [])
+        found = [row.key for row in table]
+        out += [f"index.md lists '{name}', which is the name of no row of {page}.md" for name in {*names} - {*found}]
+        out += [f"{row}: its name is not in the list of index.md" for row in table if row.key not in names]
     keys = [row.key for table in tables.values() for row in table if row.key]
     out += [f"'{key}' is the name of {keys.count(key)} rows" for key in sorted(set(keys)) if keys.count(key) > 1]
     names = [name for page in claims.values() for name in page]
@@ -176,28 +182,28 @@ def test_the_index_lists_the_pages_written_for_it():
     assert all(len(names) > 1 for names in listed(PAGES["index"]).values())
 
 
-def of_the_package(kind):
-    """The concrete classes of a kind, and the functions of `metrics`, that users are offered."""
-    public = vars(sd.metrics if kind is None else sd).items()
-    if kind is None:
-        return [thing for name, thing in public if inspect.isfunction(thing) and name[0] != "_"]
-    return [t for _, t in public if inspect.isclass(t) and issubclass(t, kind) and not inspect.isabstract(t)]
+def stand_for_equations():
+    """What users are offered that is a formula: classes of these kinds, all metrics and grids, all predictions."""
+    kinds = sd.LinearSDE, sd.Solver, sd.Corrector, sd.Divergence, sd.Dequantizer
+    classes = [thing for module in (sd, sd.dequantize) for thing in vars(module).values() if inspect.isclass(thing)]
+    out = [c for c in classes if issubclass(c, kinds) and not inspect.isabstract(c) and c not in kinds]
+    for module in (sd.metrics, sd.grids):
+        own = [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
+        out += [f for f in own if f.__name__[0] != "_"]
+    return [*out, *PREDICTIONS.values()]
 
 
-@pytest.mark.parametrize("kind", [sd.LinearSDE, sd.Solver, sd.Corrector, sd.Divergence, sd.Dequantizer, None])
-def test_everything_that_stands_for_an_equation_has_a_row(kind):
-    """Whoever adds a process, solver, corrector, divergence, dequantiser or metric adds its equation."""
-    names = [name for page, text in PAGES.items() for row in rows(page, text) for name in row.names(1)]
-    said = [module_and_object(name)[1] for name in names]
-    lost = [thing.__name__ for thing in of_the_package(kind) if thing is not sd.LinearSDE and thing not in said]
-    assert not lost, f"no row of docs/theory names {', '.join(lost)}"
+def test_everything_that_stands_for_an_equation_has_a_row():
+    """Whoever adds a process, solver, corrector, divergence, dequantiser, metric, grid or prediction adds its row."""
+    said = [module_and_object(name)[1] for text in PAGES.values() for row in rows("", text) for name in row.names(1)]
+    things = stand_for_equations()
+    assert {sd.VP, sd.DDIM, sd.Langevin, sd.Hutchinson, sd.dequantize.Uniform, sd.grids.karras} <= set(things)
+    assert not [thing for thing in things if thing not in said]
 
 
 # The checks themselves, on planted pages.
 
-GOOD = (
-    "| **kernel** $x$ | `sdediff.linear.LinearSDE.perturb` | `tests/test_sde.py::test_kernels_at_the_ends_of_time` |"
-)
+GOOD = "| **kernel** $x$ | `sdediff.linear.LinearSDE.perturb` | `tests/test_sde.py::test_kernels_at_the_ends_of_time` |"
 
 
 def planted(row=GOOD, index="- [A](a.md): kernel.", tree="a", header="| equation | function | test |"):
@@ -208,8 +214,9 @@ def planted(row=GOOD, index="- [A](a.md): kernel.", tree="a", header="| equation
 def test_good_pages_have_no_problems():
     assert problems(planted()) == []
     assert problems(planted(tree="*")) == []
-    two = GOOD + '\n| **v** $v \\| x$ | `sdediff.model.PREDICTIONS["v"]`, `sdediff.model.ScoreModel.linear` | '
-    two += "`tests/test_model.py::test_any_two_kinds_convert_exactly`,`tests/test_model.py::test_views_are_their_definitions` |"
+    proofs = "test_any_two_kinds_convert_exactly", "test_views_are_their_definitions"
+    two = f'{GOOD}\n| **v** $v \\| x$ | `sdediff.model.PREDICTIONS["v"]`, `sdediff.model.ScoreModel.linear` |'
+    two += ",".join(f" `tests/test_model.py::{name}`" for name in proofs) + " |"
     assert problems(planted(two, "- [A](a.md): kernel; v")) == []
     assert problems(planted(GOOD.replace("**kernel** ", ""), "nothing")) == [], "an unlisted page needs no names"
 
@@ -234,11 +241,17 @@ def test_good_pages_have_no_problems():
         ({"row": GOOD.replace("`sdediff.", "see `sdediff.")}, "the cell 'function' must hold names in backticks"),
         ({"row": GOOD.replace("_time`", "_time` and others")}, "the cell 'test' must hold names in backticks"),
         ({"row": GOOD + "\n" + GOOD}, "'kernel' is the name of 2 rows"),
-        ({"row": GOOD.replace("kernel**", "colonel**")}, "index.md lists 'kernel', which no row of a.md begins with"),
+        (
+            {"row": GOOD.replace("kernel**", "colonel**")},
+            "index.md lists 'kernel', which is the name of no row of a.md",
+        ),
         ({"row": GOOD.replace("**kernel** ", "")}, "a.md, line 5: its name is not in the list of index.md"),
-        ({"index": "- [A](a.md): kernel; transition."}, "index.md lists 'transition', which no row of a.md"),
+        (
+            {"index": "- [A](a.md): kernel; transition."},
+            "index.md lists 'transition', which is the name of no row of a.md",
+        ),
         ({"index": "- [A](a.md): kernel; kernel."}, "index.md lists 'kernel' twice"),
-        ({"index": "- [A](a.md): kernel.\n- [B](b.md): x."}, "index.md lists 'x', which no row of b.md"),
+        ({"index": "- [A](a.md): kernel.\n- [B](b.md): x."}, "index.md lists 'x', which is the name of no row of b.md"),
         ({"tree": "b"}, "a.md: not in the toctree of index.md"),
         ({"header": "| equation | function | proof |"}, "a.md: no table with the header"),
     ],
@@ -251,7 +264,7 @@ def test_each_mistake_is_found_and_named(change, said):
 
 def test_a_test_that_is_skipped_is_no_proof(monkeypatch):
     fake = ast.parse("@pytest.mark.skipif(True)\ndef test_it(): ...\n").body[0]
-    monkeypatch.setitem(globals(), "tests_of", lambda path: {"test_it": fake})
+    monkeypatch.setitem(globals(), "proofs_in", lambda path: {"test_it": fake})
     assert missing_test("tests/test_x.py::test_it") == "`tests/test_x.py::test_it` is skipped"
     fake.decorator_list.clear()
     assert missing_test("tests/test_x.py::test_it") is None
