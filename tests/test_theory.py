@@ -243,12 +243,12 @@ def test_good_pages_have_no_problems():
         ({"row": GOOD + "\n" + GOOD}, "'kernel' is the name of 2 rows"),
         (
             {"row": GOOD.replace("kernel**", "colonel**")},
-            "index.md lists 'kernel', which is the name of no row of a.md",
+            "lists 'kernel', which is the name of no row of a.md",
         ),
         ({"row": GOOD.replace("**kernel** ", "")}, "a.md, line 5: its name is not in the list of index.md"),
         (
             {"index": "- [A](a.md): kernel; transition."},
-            "index.md lists 'transition', which is the name of no row of a.md",
+            "lists 'transition', which is the name of no row of a.md",
         ),
         ({"index": "- [A](a.md): kernel; kernel."}, "index.md lists 'kernel' twice"),
         ({"index": "- [A](a.md): kernel.\n- [B](b.md): x."}, "index.md lists 'x', which is the name of no row of b.md"),
