@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 from helpers import NAMED, TwoFunctions, name
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.integrate import fixed_quad
 
 import sdediff as sd
 from sdediff.testing import gaussian_targets, linear_sdes
@@ -42,6 +45,29 @@ def test_the_fokker_planck_equation_holds_for_every_noise_level(sde, level):
         )
         rate = (2 * alpha * d_alpha * variance + 2 * sigma * d_sigma).item()
         assert 2 * slope * total - torch.as_tensor(diffusion).item() ** 2 == pytest.approx(rate, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("sde", [sd.VP(), sd.VE(), sd.RectifiedFlow(), TwoFunctions()], ids=name)
+def test_only_the_reverse_sde_has_the_paths_of_the_forward_process(sde):
+    """Of Gaussian data, the covariance of x_s and x_t: `alpha_{t|s} V_s` forwards, `exp(-int_s^t J) V_t` backwards."""
+    target = sd.exact.Gaussian(torch.tensor([0.7], dtype=F64), 0.3)
+    linear = sd.as_linear(sde)
+    s, t = 0.2 * linear.t_max, 0.6 * linear.t_max
+    scale, _ = linear.transition(s, t)
+    forward = (scale * target.marginal(linear, s).cov).item()
+
+    def backward(level):
+        process = sd.Reverse(target.model(linear), level)
+
+        def slope(times):
+            at, rows = torch.from_numpy(times), torch.ones(len(times), 1, dtype=F64)
+            return (process.drift(at, rows) - process.drift(at, 0 * rows))[:, 0].numpy()
+
+        return math.exp(-fixed_quad(slope, s, t, n=40)[0]) * target.marginal(linear, t).cov.item()
+
+    assert backward(1.0) == pytest.approx(forward, rel=1e-6)
+    for level in (0.0, 0.5, 1.5):
+        assert abs(backward(level) / forward - 1) > 0.05
 
 
 MIXTURE = sd.exact.GaussianMixture(
