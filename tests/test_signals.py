@@ -32,7 +32,7 @@ def uniform_mean(f, low, high):
 
 @given(families(), st.data())
 def test_moments_are_the_integrals_over_amplitude_frequency_and_phase(family, data):
-    """Quadrature of the definition; the sum of K independent y has E x^2 x'^2 = K E y^2 y'^2 + K (K - 1) (v v' + 2 c^2)."""
+    """Quadrature of the definition; K independent y sum to E x^2 x'^2 = K E y^2 y'^2 + K (K - 1) (v v' + 2 c^2)."""
     i, j = (data.draw(st.integers(0, family.points - 1)) for _ in range(2))
     u, v = family.places[i].item(), family.places[j].item()
     phases = 2 * math.pi * (torch.arange(8, dtype=F64) / 8)  # exact for trigonometric polynomials of degree up to 7
