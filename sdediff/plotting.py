@@ -193,7 +193,7 @@ def covariances(matrices: Mapping[str, Tensor], *, title: str | None = None) -> 
         image = ax.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
         ax.set(title=name, xlabel="entry")
     axes[0].set_ylabel("entry")
-    figure.colorbar(image, ax=list(axes), label="covariance")
+    figure.colorbar(image, ax=list(axes), label="covariance", shrink=0.8)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
