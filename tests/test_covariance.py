@@ -41,15 +41,10 @@ def test_the_sample_covariance_becomes_the_one_asked_for(source, target, seed):
 
 
 def test_nearly_singular_data_is_recoloured_as_exactly():
-    """Standard deviations over 12 orders of magnitude, for which C itself could not be inverted."""
-    turn = torch.linalg.qr(normal(6, 6)).Q
-    x = normal(50, 6, seed=1) * torch.logspace(0, -12, 6, dtype=F64) @ turn
-    cov = spd(6, seed=2)
-    torch.testing.assert_close(sample_cov(sd.recolor(x, cov)), cov, rtol=1e-3, atol=1e-3)
-    wide = normal(50, 6, seed=1) * torch.logspace(0, -8, 6, dtype=F64) @ turn
-    torch.testing.assert_close(sample_cov(sd.recolor(wide, cov)), cov, rtol=1e-6, atol=1e-6)
-    plain = normal(50, 6, seed=1) * torch.logspace(0, -8, 6, dtype=F64)
-    torch.testing.assert_close(sample_cov(sd.recolor(plain, cov)), cov, rtol=1e-10, atol=1e-10)
+    """Standard deviations over 8 orders of magnitude: C itself, of condition 1e16, could not be inverted."""
+    turn, cov = torch.linalg.qr(normal(6, 6)).Q, spd(6, seed=2)
+    x = normal(50, 6, seed=1) * torch.logspace(0, -8, 6, dtype=F64) @ turn
+    torch.testing.assert_close(sample_cov(sd.recolor(x, cov)), cov, rtol=1e-10, atol=1e-10)
 
 
 def test_the_roots_are_the_symmetric_ones():
