@@ -109,7 +109,8 @@ def samplers(models: dict[str, sd.TrainedModel], n: int, seed: int) -> dict[str,
 def prior_rows() -> list[list[str]]:
     """What starting from N(0, sigma_T^2 I) misses, in closed form for the Gaussian model."""
     rows, data = [], FAMILY.sample(20_000, seed=0, dtype=torch.float64)
-    for name, sde in {"chain, beta_max 0.1": CHAIN, "SigmoidVP()": CONTINUOUS}.items():
+    processes = {"chain, beta_max 0.1": CHAIN, "SigmoidVP(10)": sd.SigmoidVP(10.0), "SigmoidVP()": CONTINUOUS}
+    for name, sde in processes.items():
         alpha, sigma = sde.scales_at(torch.tensor(sde.t_max, dtype=torch.float64))
         ratio = GAUSSIAN.marginal(sde, sde.t_max).variances / sigma**2
         kl = (ratio - 1 - ratio.log()).sum() / 2
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two short runs; writes files that start with quick_")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    runs, steps, n = (2, 300, 1000) if args.quick else (4, 3000, 5000)
+    runs, steps, n = (2, 300, 1000) if args.quick else (3, 2000, 4000)
     results: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     seconds = []
     for seed in range(runs):

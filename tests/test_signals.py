@@ -54,8 +54,8 @@ def test_moments_are_the_integrals_over_amplitude_frequency_and_phase(family, da
 
 @pytest.mark.parametrize("family", FAMILIES, ids=repr)
 def test_samples_have_the_stated_moments(family):
-    """Mean, covariance and fourth moments of 40 000 signals, every entry within 5 standard errors."""
-    n = 40_000
+    """Mean, covariance and fourth moments of 20 000 signals, every entry within 5 standard errors."""
+    n = 20_000
     x = family.sample(n, seed=0, dtype=F64)
     assert x.shape == (n, family.points)
     assert (x.mean(0) / (x.std(0) / n**0.5)).abs().max() < 5
