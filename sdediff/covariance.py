@@ -30,9 +30,6 @@ from torch import Tensor
 from sdediff.errors import OptionError, ShapeError
 from sdediff.shapes import State, check_state
 
-_ROUNDING = 1e-8
-"""What of asymmetry and of negative eigenvalues is taken for rounding, relative to the largest."""
-
 
 def recolor(
     x: State, cov: Tensor | float, *, mean: Tensor | float | None = None, x_cov: Tensor | float | None = None
@@ -56,8 +53,9 @@ def recolor(
 
     Raises:
         ShapeError: shapes that do not fit, or fewer than two rows without a known covariance.
-        OptionError: a covariance that is not finite, symmetric and positive semi-definite; `cov` has variance in
-            directions in which x has none; or only one of mean and x_cov is given.
+        OptionError: a covariance that is not finite, symmetric and positive semi-definite (to its dtype's rounding);
+            `cov` has variance in directions in which x has none, or x in directions in which x_cov has none; or only
+            one of mean and x_cov is given.
     """
     flat = _flat(x)
     eigenvalues, axes = _eigen(cov, flat.shape[1], "cov")
@@ -72,7 +70,14 @@ def recolor(
         known, basis = _eigen(x_cov, flat.shape[1], "x_cov")
         present = known > 1e-14 * known.sum()
         known, basis = known[present], basis[:, present].to(flat)
-        white = (flat - centre) @ _symmetric(basis, known.rsqrt().to(flat))
+        centred = flat - centre
+        stray = (centred - centred @ basis @ basis.T).abs().max().item() if not bool(present.all()) else 0.0
+        if stray > 1e-5 * flat.abs().max().item():
+            raise OptionError(
+                f"x_cov has variance in {basis.shape[1]} of {len(root)} directions, but rows of x leave them by up to "
+                f"{stray:.3g}: x cannot have this mean and covariance. Leave both out to take them from the rows."
+            )
+        white = centred @ _symmetric(basis, known.rsqrt().to(flat))
         source, cure = "x_cov", "Give a cov whose range lies in that of x_cov."
     else:
         raise OptionError(
@@ -158,14 +163,16 @@ def _eigen(cov: Tensor | float, size: int, name: str) -> tuple[Tensor, Tensor]:
         )
     if not bool(matrix.isfinite().all()):
         raise OptionError(f"{name} has entries that are NaN or infinite.")
+    precision = torch.finfo(cov.dtype).eps if isinstance(cov, Tensor) and cov.is_floating_point() else 0.0
+    rounding = max(1e-8, size * precision) * matrix.abs().max().item()
     off = (matrix - matrix.T).abs().max().item()
-    if off > _ROUNDING * matrix.abs().max().item():
+    if off > rounding:
         raise OptionError(
             f"{name} must be symmetric; it differs from its transpose by up to {off:.3g}. If that is rounding, write "
             f"({name} + {name}.T) / 2."
         )
     eigenvalues, axes = torch.linalg.eigh((matrix + matrix.T) / 2)
-    if eigenvalues[0] < -_ROUNDING * eigenvalues.abs().max():
+    if eigenvalues[0] < -rounding:
         raise OptionError(f"{name} must be positive semi-definite; its smallest eigenvalue is {eigenvalues[0]:.3g}.")
     return eigenvalues.clamp(min=0), axes
 

@@ -124,6 +124,25 @@ def test_what_x_does_not_span_is_not_made_up(dtype):
     assert torch.equal(same, torch.ones(4, 5, dtype=dtype))
 
 
+def test_rows_outside_of_a_singular_known_covariance_are_not_dropped():
+    plane = torch.linalg.qr(normal(5, 2)).Q
+    with pytest.raises(sd.OptionError, match=r"in 2 of 5 directions, but rows of x leave them by up to .*Leave both"):
+        sd.recolor(normal(9, 5), plane @ plane.T, mean=0, x_cov=plane @ plane.T)
+    x = (normal(9, 2, seed=1) @ plane.T).float()  # float32 leaves a plane by its rounding
+    torch.testing.assert_close(sd.recolor(x, plane @ plane.T, mean=0, x_cov=plane @ plane.T), x)
+
+
+def test_covariances_in_single_precision_are_positive_to_their_rounding():
+    """The covariance of smooth signals, of rank 12, has negative eigenvalues in float32."""
+    cov = sd.signals.Sinusoids().cov
+    single = cov.float()
+    assert torch.linalg.eigvalsh(single.double())[0] < -1e-8 * cov.max()
+    y = sd.recolor(normal(100, 50), single)
+    torch.testing.assert_close(sample_cov(y), cov, rtol=1e-5, atol=1e-5)
+    with pytest.raises(sd.OptionError, match="positive semi-definite"):
+        sd.recolor(normal(100, 50), single.double())
+
+
 X = torch.zeros(4, 2)
 LOPSIDED = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
 BAD = {
