@@ -1022,6 +1022,7 @@ MUTANTS = [
         ("log_s = np.log(end.sigma / end.alpha)[:, None] - np", "log_s = np.log(end.sigma / end.alpha)[:, None] + np"),
         ("keep=end.alpha / start.alpha,", "keep=start.alpha / end.alpha,"),
     ),
+    *_of(
         "covariance",
         "covariance",
         ("root = _symmetric(axes, eigenvalues.sqrt()).to(flat)", "root = _symmetric(axes, eigenvalues).to(flat)"),
