@@ -114,7 +114,8 @@ def all_solvers():
     return [
         sd.DDPM(), sd.DDIM(), sd.Exponential(), sd.Exponential(2, predict="data"), sd.UniPC(), sd.Heun(),
         sd.RungeKutta(), sd.EulerMaruyama(), sd.Adaptive(), sd.AdaptiveStochastic(0.05, 0.05), sd.SRA1(),
-        sd.AdaptiveRungeKutta(), sd.PredictorCorrector(sd.DDPM(), sd.Langevin()), sd.TorchDiffEq(), sd.TorchSDE("euler"),
+        sd.AdaptiveRungeKutta(), sd.PredictorCorrector(sd.DDPM(), sd.Langevin()), sd.TorchDiffEq(),
+        sd.TorchSDE("euler"),
     ]  # fmt: skip
 
 
