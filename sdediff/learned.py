@@ -196,10 +196,9 @@ class LearnedVP(nn.Module, LinearSDE):
         return as_float64(value)
 
     def _tracked(self, value: Tensor) -> Tensor:
-        """The value, behind the hook if there is one; a clone, as a slope may be derived from the value itself."""
+        """A value made for one use, with the hook on it if there is one."""
         if self._hook is None or not value.requires_grad or value.ndim == 0:
             return value
-        value = value.clone()
         value.register_hook(self._hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return value
 

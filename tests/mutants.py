@@ -1035,7 +1035,6 @@ MUTANTS = [
         ("slope / 2 * alpha**2 * sigma", "slope / 2 * sigma**3"),
         ("(-_softplus(gamma) / 2).exp(),", "(-_softplus(gamma)).exp(),"),
         ("return like(-self.gamma(clock), t)", "return like(self.gamma(clock), t)"),
-        ("value = value.clone()", "value = value"),
         ("rise = rise if torch.is_grad_enabled() else rise.detach()", "rise = rise.detach()"),
         ("if not bool(low < high):", "if False:"),
         ("falling = ~(rise >= 0)", "falling = rise != rise"),
