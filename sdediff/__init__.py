@@ -68,6 +68,7 @@ from sdediff.noise import Recorder as Recorder
 from sdediff.noise import RowNoise as RowNoise
 from sdediff.observation import CategoricalLikelihood as CategoricalLikelihood
 from sdediff.observation import GaussianLikelihood as GaussianLikelihood
+from sdediff.optimise import train as train
 from sdediff.priors import matched_prior as matched_prior
 from sdediff.processes import EDM as EDM
 from sdediff.processes import VE as VE
