@@ -269,7 +269,15 @@ class HierarchicalVAE(nn.Module):
         return self.decode(z, layer=layer, temperature=temperature, seed=None if seed is None else seed + 1)
 
     @torch.no_grad()
-    def sample(self, n: int, *, temperature: float = 1.0, seed: int | None = None, final: str = "mean") -> State:
+    def sample(
+        self,
+        n: int,
+        *,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        final: str = "mean",
+        dtype: torch.dtype | None = None,
+    ) -> State:
         """`n` draws of the model, `(n, *event)`.
 
         Args:
@@ -277,6 +285,7 @@ class HierarchicalVAE(nn.Module):
             temperature: multiplies every std of the latents.
             seed: row i depends on it and on i only.
             final: "mean" for `E[x | z_1]`, which looks best, or "draw" for x itself.
+            dtype: of the latents; that of the weights if None.
 
         Raises:
             OptionError: a bad argument, or the VAE was made without `latent`.
@@ -287,8 +296,8 @@ class HierarchicalVAE(nn.Module):
             raise OptionError(f"sample needs a whole number of rows n >= 1; got {n!r}.")
         if final not in ("mean", "draw"):
             raise OptionError(f"Unknown final {final!r}: write 'mean' or 'draw'.")
-        stream, like = _stream(seed), next(self.parameters(), torch.empty(0))
-        top = stream.normal(torch.empty(n, *self.latent, dtype=like.dtype, device=like.device))
+        stream, like = _stream(seed), next(itertools.chain(self.parameters(), self.buffers()), torch.empty(0))
+        top = stream.normal(torch.empty(n, *self.latent, dtype=dtype or like.dtype, device=like.device))
         params = self._descend(temperature * self.prior_std * top, len(self.encoder), stream, temperature)
         mean = self.likelihood.mean(params)
         return mean if final == "mean" else self.likelihood.draw(params, stream.normal(mean))
@@ -307,8 +316,8 @@ class HierarchicalVAE(nn.Module):
         if a.shape != b.shape:
             raise ShapeError(f"a and b must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}.")
         index = self._layer(layer) - 1
-        ends = [self.encode(x, temperature=0.0)[index] for x in (a, b)]
-        between = [(path or slerp)(*ends, k / (n - 1)) for k in range(n)]
+        start, end = (self.encode(x, temperature=0.0)[index] for x in (a, b))
+        between = [(path or slerp)(start, end, k / (n - 1)) for k in range(n)]
         return torch.stack([self.decode(z, layer=layer, temperature=0.0) for z in between])
 
     # What they are made of.
