@@ -1029,6 +1029,13 @@ MUTANTS = [
         ("self.model.linear.posterior(self.s, self.t, self", "self.model.linear.posterior(0.5 * self.s, self.t, self"),
     ),
     *_of(
+        "networks",
+        "vae",
+        ("h = h + block(h)", "h = block(h)"),
+        ("return mean, log_std.exp()", "return mean, log_std"),
+        ("nn.init.zeros_(self.write.weight)", "nn.init.ones_(self.write.weight)"),
+    ),
+    *_of(
         "observation",
         "vae",
         (".floor().long().clamp(max=self.levels - 1)", ".round().long().clamp(max=self.levels - 1)"),

@@ -502,6 +502,24 @@ def test_centres_fall_into_their_own_bins(levels):
 # Learning
 
 
+def test_a_gaussian_perceptron_starts_as_the_standard_normal():
+    network = GaussianMLP((1, 4, 4), (3, 2), width=8, depth=2)
+    x = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    mean, std = network(x)
+    assert torch.equal(mean, torch.zeros(5, 3, 2))
+    assert torch.equal(std, torch.ones(5, 3, 2))
+    nn.init.normal_(network.write.weight)
+    mean, std = network(x)
+    assert bool((std > 0).all())
+    assert mean.std(0).min() > 0  # every entry sees x
+    assert std.std(0).min() > 0
+    part = network(x[:2])
+    torch.testing.assert_close((mean[:2], std[:2]), part)
+    for block in network.blocks:
+        nn.init.zeros_(block[-1].weight)
+    assert network(x)[0].std(0).min() > 0  # around the blocks
+
+
 def test_a_linear_vae_learns_probabilistic_pca():
     """Its best bound is the likelihood of probabilistic PCA, in closed form (Tipping and Bishop 1999)."""
     generator = torch.Generator().manual_seed(0)
@@ -594,6 +612,7 @@ def wrong(encoder):
             ShapeError,
             ["decoder[1]", "(3, 2)", "(3, 3)"],
         ),
+        (lambda: GaussianMLP((2,), (1,))(torch.zeros(3, 4)), ShapeError, ["GaussianMLP", "(2,)", "(4,)"]),
         (lambda: SIX.log_prob(X, X), ShapeError, ["logits", "(3, 2, 6)", "(3, 2)"]),
         (lambda: SIX.log_prob((X, X), X), ShapeError, ["logits", "tuple"]),
         (lambda: SIX.log_prob(torch.zeros(3, 2, 6), X + 4), OptionError, ["[-1, 1]", "4 to 4", "2 c + 1"]),
