@@ -1068,6 +1068,24 @@ MUTANTS = [
         ("((1 - u) * safe).sin() / safe.sin()", "((1 - u) * safe).sin() / safe"),
         ("(u * safe).sin() / safe.sin()", "u * safe.sin() / safe.sin()"),
         ("if model.blind_in_noise and float(alpha[-1]) == 0", "if float(alpha[-1]) == 1"),
+        "processes",
+        "sde",
+        ("steps = -np.log1p(-self.betas.numpy())", "steps = self.betas.numpy()"),
+        ("beta_min + (beta_max - beta_min) / 2 * t", "beta_min + (beta_max - beta_min) / 3 * t"),
+    ),
+    *_of(
+        "linear",
+        "reverse",
+        ("return drift_rate, (2 * sigma * (d_sigma", "return drift_rate, (sigma * (d_sigma"),
+        ("d_sigma = d_sigma + noise_level**2 * (", "d_sigma = d_sigma - noise_level**2 * ("),
+        ("return d_alpha, d_sigma\n\n    def clock", "return 2 * d_alpha, d_sigma\n\n    def clock"),
+    ),
+    *_of("exact", "reverse", ("moved._means = alpha * self._means", "moved._means = self._means")),
+    *_of(
+        "exponential",
+        "exponential",
+        ("log_s = np.log(end.sigma / end.alpha)[:, None] - np", "log_s = np.log(end.sigma / end.alpha)[:, None] + np"),
+        ("keep=end.alpha / start.alpha,", "keep=start.alpha / end.alpha,"),
     ),
 ]
 
