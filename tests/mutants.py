@@ -1068,6 +1068,8 @@ MUTANTS = [
         ("((1 - u) * safe).sin() / safe.sin()", "((1 - u) * safe).sin() / safe"),
         ("(u * safe).sin() / safe.sin()", "u * safe.sin() / safe.sin()"),
         ("if model.blind_in_noise and float(alpha[-1]) == 0", "if float(alpha[-1]) == 1"),
+    ),
+    *_of(
         "processes",
         "sde",
         ("steps = -np.log1p(-self.betas.numpy())", "steps = self.betas.numpy()"),
