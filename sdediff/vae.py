@@ -208,7 +208,7 @@ class HierarchicalVAE(nn.Module):
     def denoising_elbo(
         self, x: State, *, samples: int = 1, seed: int | None = None, noise: Noise | None = None
     ) -> VariationalBound:
-        """The same in its denoising form, for an encoder of `LinearGaussian`s.
+        """The same in its denoising form, for encoders that are `LinearGaussian`.
 
         Args:
             x, samples, seed, noise: as in `elbo`.
