@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -347,12 +347,12 @@ class HierarchicalVAE(nn.Module):
             z = way.draw(temperature * stream.normal(way.mean))
         return self.decoder[0](z)
 
-    def _chains(self, x: State, samples: int, seed: int | None, noise: Noise | None) -> list[_Chain]:
+    def _chains(self, x: State, samples: int, seed: int | None, noise: Noise | None) -> Iterator[_Chain]:
         check_state(x)
         if not isinstance(samples, int) or samples < 1:
             raise OptionError(f"samples must be a whole number >= 1; got {samples!r}.")
         stream = _stream(seed, noise)
-        return [self._chain(x, stream) for _ in range(samples)]
+        return (self._chain(x, stream) for _ in range(samples))
 
     def _chain(self, x: State, stream: NoiseStream) -> _Chain:
         ways_up, states = self._climb(x, stream)
@@ -366,9 +366,8 @@ class HierarchicalVAE(nn.Module):
     def _bound(
         self, x: State, terms: Callable[[_Chain], list[PerRow]], samples: int, seed: int | None, noise: Noise | None
     ) -> VariationalBound:
-        chains = self._chains(x, samples, seed, noise)
-        kl = torch.stack([torch.stack(terms(chain)) for chain in chains])
-        reconstruction = torch.stack([chain.reconstruction for chain in chains])
+        draws = [(chain.reconstruction, torch.stack(terms(chain))) for chain in self._chains(x, samples, seed, noise)]
+        reconstruction, kl = (torch.stack(values) for values in zip(*draws, strict=True))
         totals = reconstruction - kl.sum(1)
         stderr = (totals.var(0) / samples).sqrt() if samples > 1 else torch.full_like(totals[0], torch.nan)
         return VariationalBound(reconstruction.mean(0), kl.mean(0), totals.mean(0), stderr.detach())
