@@ -11,6 +11,7 @@ from sdediff import grids as grids
 from sdediff import losses as losses
 from sdediff import metrics as metrics
 from sdediff import networks as networks
+from sdediff import signals as signals
 from sdediff import testing as testing
 from sdediff import vae as vae
 from sdediff.adapters import TorchDiffEq as TorchDiffEq
@@ -28,6 +29,8 @@ from sdediff.bounds import sde_bound as sde_bound
 from sdediff.calibration import Calibration as Calibration
 from sdediff.calibration import calibrate as calibrate
 from sdediff.chains import LinearGaussian as LinearGaussian
+from sdediff.covariance import covariance_error as covariance_error
+from sdediff.covariance import recolor as recolor
 from sdediff.denoised import clamp_denoised as clamp_denoised
 from sdediff.denoised import dynamic_threshold as dynamic_threshold
 from sdediff.denoised import map_denoised as map_denoised
