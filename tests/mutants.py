@@ -1039,10 +1039,7 @@ MUTANTS = [
         ("if not bool(low < high):", "if False:"),
         ("falling = ~(rise >= 0)", "falling = rise != rise"),
         ("wrong = ~((values.diff() > 0)", "wrong = ~((values.diff() < 1e9)"),
-        (
-            "steps = _sigmoid(self.log_rates.double().exp() * h[..., None]",
-            "steps = _sigmoid(self.log_rates.double() * h[..., None]",
-        ),
+        ("(self.log_heights.double().exp() * steps).sum(-1)", "(self.log_heights.double() * steps).sum(-1)"),
     ),
     *_of(
         "vdm",
