@@ -63,6 +63,7 @@ from sdediff.noise import Noise as Noise
 from sdediff.noise import Recorded as Recorded
 from sdediff.noise import Recorder as Recorder
 from sdediff.noise import RowNoise as RowNoise
+from sdediff.optimise import train as train
 from sdediff.priors import matched_prior as matched_prior
 from sdediff.processes import EDM as EDM
 from sdediff.processes import VE as VE

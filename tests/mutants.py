@@ -513,7 +513,7 @@ MUTANTS = [
         ("return sde.t_min + u * (sde.t_max - sde.t_min)", "return u * (sde.t_max - sde.t_min)"),
     ),
     *_of(
-        "training",
+        "optimise",
         "training",
         ("min(ema, (1 + k) / (10 + k))", "min(ema, k / (10 + k))"),
         ("return rise * 0.5 * (1 + float(", "return rise * 0.5 * (2 + float("),
@@ -529,7 +529,9 @@ MUTANTS = [
         ('averaged.n_averaged.copy_(tensors["n_averaged"])', "pass"),
         ('load_weights(averaged.module, part("averaged."), file)', 'load_weights(averaged.module, part("raw."), file)'),
         ("if not current.is_floating_point():", "if False:"),
-        ("network.load_state_dict(averaged.module.state_dict())\n    network.eval()", "network.eval()"),
+        ("module.load_state_dict(averaged.module.state_dict())\n    module.eval()", "module.eval()"),
+        ("| dict(identity or", "| dict({} or"),
+        ("module.load_state_dict(raw)", "pass"),
     ),
     *_of(
         "checkpoints",

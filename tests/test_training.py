@@ -585,3 +585,125 @@ def test_data_of_another_dtype_is_cast_to_the_network():
     model = sd.ScoreModel(sd.networks.MLP((2,), width=8, depth=1), sd.VP())
     trained = sd.fit(model, torch.zeros(20, 2, dtype=torch.float64), steps=2, batch_size=5, seed=0, progress=False)
     assert trained.losses.isfinite().all()
+
+
+# Any module and any loss.
+
+
+class Line(nn.Module):
+    """A prior and a slope, one in a submodule, with dropout that must follow the seed."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(2, dtype=F64))
+        self.head = nn.Linear(2, 1, dtype=F64)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def loss(self, x, condition):
+        dropped = nn.functional.dropout(self.slope * x, 0.3, self.training)
+        return (self.head(x)[:, 0] + dropped.sum(1) - condition) ** 2
+
+
+def line(steps=12, **options):
+    module = Line()
+    rows = data().double()
+    losses = sd.train(
+        module, module.loss, rows, condition=rows.sum(1), steps=steps, batch_size=8, warmup=3, seed=5, progress=False,
+        **options,
+    )  # fmt: skip
+    return module, losses
+
+
+def test_any_module_is_trained_by_any_loss_and_resumes_bitwise(tmp_path):
+    whole, losses = line()
+    assert losses.shape == (12,)
+    assert losses.dtype == F64
+    assert losses[-3:].mean() < losses[:3].mean()
+    assert not whole.training
+    count = 0
+
+    def interrupted(parameters):
+        class Stops(torch.optim.Adam):
+            def step(self, closure=None):
+                nonlocal count
+                count += 1
+                if count == 9:
+                    raise Interrupted
+                return super().step(closure)
+
+        Stops.__name__ = "Adam"
+        return Stops(parameters, lr=2e-3)
+
+    with pytest.raises(Interrupted):
+        line(checkpoint=tmp_path, checkpoint_every=4, optimizer=interrupted)
+    resumed, again = line(checkpoint=tmp_path, checkpoint_every=4)
+    assert torch.equal(losses, again)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
+    assert not (tmp_path / "model.json").exists()
+
+
+def test_a_run_of_another_module_or_loss_is_refused(tmp_path):
+    line(checkpoint=tmp_path / "a")
+    with pytest.raises(sd.CheckpointError, match="module was 'Line', now 'Linear'"):
+        sd.train(
+            nn.Linear(2, 1, dtype=F64), lambda x, c: x.sum(1), data().double(), condition=data().sum(1), steps=12,
+            batch_size=8, warmup=3, seed=5, progress=False, checkpoint=tmp_path / "a",
+        )  # fmt: skip
+    quick(small(), checkpoint=tmp_path / "b")
+    with pytest.raises(sd.CheckpointError, match="weighting was 'simple', now 'denoising'"):
+        quick(small(), checkpoint=tmp_path / "b", loss=sd.losses.denoising)
+
+
+def test_fit_with_the_denoising_loss_written_out_is_fit():
+    same_run(quick(small()), quick(small(), loss=sd.losses.denoising))
+
+
+def test_fit_gives_a_loss_the_model_the_rows_and_their_condition():
+    rows = data(32)
+    labels = torch.arange(32)
+    seen = []
+    model = small()
+
+    def loss(model_, x0, *, condition):
+        assert model_ is model
+        seen.append(condition)
+        torch.testing.assert_close(x0, rows[condition])
+        return sd.losses.denoising(model_, x0)
+
+    quick(model, rows, loss=loss, condition=labels, steps=4)
+    assert torch.cat(seen).sort().values.tolist() == list(range(32))
+
+
+def test_whole_numbers_reach_the_loss_as_they_are():
+    codes = torch.arange(32).reshape(16, 2)
+    module = nn.Linear(2, 1)
+
+    def loss(x, condition):
+        assert x.dtype == torch.int64
+        assert condition is None
+        return module(x.float())[:, 0]
+
+    sd.train(module, loss, codes, steps=2, batch_size=4, progress=False, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda x, c: x.sum(), r"one value a row, shape \(8,\); it returned \(\)"),
+        (lambda x, c: 1.0, r"one value a row, shape \(8,\); it returned float"),
+    ],
+)
+def test_a_loss_that_is_not_one_value_a_row_is_refused(loss, message):
+    with pytest.raises(sd.ShapeError, match=message):
+        sd.train(nn.Linear(2, 1), loss, data(), batch_size=8, steps=1, progress=False)
+
+
+def test_train_wants_a_module_and_fit_one_loss():
+    with pytest.raises(sd.OptionError, match=r"needs a torch\.nn\.Module; got function"):
+        sd.train(lambda x: x, lambda x, c: x.sum(1), data())
+    with pytest.raises(sd.OptionError, match="belongs to the denoising loss; leave it out"):
+        quick(small(), loss=sd.losses.denoising, weighting="edm")
+    with pytest.raises(sd.ShapeError, match="tensor with no dimensions"):
+        sd.train(nn.Linear(2, 1), lambda x, c: x.sum(1), torch.tensor(1.0))
