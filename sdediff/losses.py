@@ -1,9 +1,8 @@
 r"""Training losses: denoising score matching with named weightings, and score matching without a known target.
 
-With `x_t = alpha x_0 + sigma eps`, every prediction kind is trained by the same regression, of the noise that it implies
-on the noise that was added; only the weight of each level differs (`sdediff.weightings`), and which levels are drawn how
-often (`sdediff.times`). The mean of w times the squared error has the same minimum for every w > 0 at each time:
-`E[eps | x_t] = -sigma score`.
+With `x_t = alpha x_0 + sigma eps`, every prediction kind is trained by the same regression, of the noise that it
+implies on the noise that was added; only the weight of each level differs (`sdediff.weightings`), and which levels are
+drawn how often (`sdediff.times`). For every w > 0 the minimum is the same, `E[eps | x_t] = -sigma score`.
 
 `implicit`, `sliced` and `finite_difference` (`sdediff.score_matching`) need samples of a density only, no noise and no
 target.
@@ -59,9 +58,7 @@ def denoising(
         CapabilityError: "vlb" with a law that has no steps.
     """
     check_state(x0, "x0")
-    levels = NoiseLevels.draw(
-        model, x0, weighting=weighting, t=t, times=times, noise=noise, generator=generator
-    )
+    levels = NoiseLevels.draw(model, x0, weighting=weighting, t=t, times=times, noise=noise, generator=generator)
     sde, clock, noise = model.linear, levels.t, levels.noise
     xt = sde.perturb(clock, x0, noise)
     alpha, sigma = sde.alpha(clock), sde.sigma(clock)

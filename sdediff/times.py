@@ -12,7 +12,7 @@ to `sqrt(E f^2)`.
 |---|---|---|
 | `Even` | 1 | all |
 | `LogSNR` | g^2 / sigma^2, even in log SNR | the weighting "likelihood", whose own factor it cancels |
-| `LogSNR(scale=c)` | the same times c^2 snr / (1 + c^2 snr) | the same where the noise error is that of data of scale c |
+| `LogSNR(scale=c)` | the same times c^2 snr / (1 + c^2 snr) | the same if the noise error is that of data of scale c |
 | `LogNormal` | log(sigma / alpha) is normal | "edm" |
 | `Steps` | the ends of the steps of a grid | "vlb", chains |
 | `Levels` | some times, equally often | NCSN's noise levels |
@@ -26,7 +26,7 @@ A law is a rising map from numbers u in [0, 1) to times, and those numbers may b
 "low_discrepancy" (one number shifted by i / n, so that every batch covers all levels), or "antithetic" (in pairs u,
 1 - u). Each of them is uniform in all three.
 
-References: Song et al. 2021 (arXiv:2101.09258) and Kingma et al. 2021 (arXiv:2107.00630), even log SNR, shifted numbers;
+References: Song et al. 2021 (arXiv:2101.09258), even log SNR; Kingma et al. 2021 (arXiv:2107.00630), shifted numbers;
 Karras et al. 2022 (arXiv:2206.00364), log-normal levels; Nichol and Dhariwal 2021 (arXiv:2102.09672), loss-aware times;
 Song and Ermon 2019 (arXiv:1907.05600), levels.
 """
@@ -39,9 +39,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
+from sdediff.errors import CapabilityError, DivergenceError, OptionError, TimeError
 from sdediff.linear import LinearSDE
 from sdediff.sde import SLACK
 from sdediff.shapes import Grid, PerRow, as_float64, as_time
@@ -108,8 +108,8 @@ class Law(ABC):
         t = self.time(sde, NUMBERS[self.numbers](n, generator=generator))
         return t, self.weight(sde, t)
 
-    def observe(self, sde: LinearSDE, t: PerRow, losses: PerRow) -> None:
-        """Learn from the losses f(t) of some rows, without their weights. Most laws have nothing to learn."""
+    def observe(self, sde: LinearSDE, t: PerRow, losses: PerRow) -> None:  # noqa: B027  # most laws learn nothing
+        """Learn from the losses f(t) of some rows, without their weights."""
 
     def starts(self, sde: LinearSDE, t: Tensor) -> Tensor:
         """Where the steps begin that end at these times, for laws on the steps of a grid."""
@@ -153,8 +153,12 @@ class LogSNR(Law):
         ends = torch.logaddexp(sde.log_snr(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)), self._floor)
         if not bool(ends.isfinite().all()):
             end = "t_min" if not bool(ends[0].isfinite()) else "t_max"
-            advice = "give the SDE a larger t_min" if end == "t_min" else "write LogSNR(scale=...), with that of the data"
-            raise TimeError(f"The log-SNR of {sde} is infinite at its {end} = {getattr(sde, end):g}: {advice}, or Even().")
+            advice = (
+                "give the SDE a larger t_min" if end == "t_min" else "write LogSNR(scale=...), with that of the data"
+            )
+            raise TimeError(
+                f"The log-SNR of {sde} is infinite at its {end} = {getattr(sde, end):g}: {advice}, or Even()."
+            )
         return ends
 
     def time(self, sde: LinearSDE, u: Tensor) -> Tensor:
@@ -273,24 +277,25 @@ class Levels(Law):
         return f"Levels({_ends(self.levels)} levels, {self.numbers!r})"
 
 
-class LossAware(Law):
+class LossAware(nn.Module, Law):
     """Another law, whose numbers are drawn more often where losses have been large.
 
     The numbers of the other law lie in equal bins. With L the losses seen last in a bin, it is drawn with probability
 
         p = (1 - floor) sqrt(mean L^2) / (sum of these over bins) + floor / bins,
 
-    and the weights are divided by `bins p`. All bins are equally likely until each has seen `history` losses. It has a
-    state: use one object for one training run.
+    and the weights are divided by `bins p`. All bins are equally likely until each has seen `history` losses. What it
+    has seen is the state of a module, in buffers: use one object for one training run.
 
     Args:
-        base: the other law.
-        bins: their number; with `Levels` or `Steps`, as many as there are of these, or a divisor.
+        base: the other law, `Even()` if None.
+        bins: their number; with `Levels` or `Steps`, as many as there are of these, or a divisor of that.
         history: losses remembered of every bin.
         floor: part of the numbers drawn evenly, in (0, 1].
     """
 
     def __init__(self, base: Law | None = None, *, bins: int = 100, history: int = 10, floor: float = 0.001) -> None:
+        super().__init__()
         self.base = Even() if base is None else base
         if not isinstance(self.base, Law):
             raise OptionError(f"LossAware changes another law of times, such as Even(); got {base!r}.")
@@ -300,30 +305,38 @@ class LossAware(Law):
                 f"floor = {floor}."
             )
         self.numbers, self.bins, self.floor = self.base.numbers, bins, floor
-        self._seen = torch.zeros(bins, history, dtype=torch.float64)
-        self._count = torch.zeros(bins, dtype=torch.long)
+        self.seen: Tensor
+        self.count: Tensor
+        self.register_buffer("seen", torch.zeros(bins, history, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(bins, dtype=torch.long))
 
     @property
     def probabilities(self) -> Tensor:
-        """Of the bins, float64 `(bins,)`."""
+        """Of the bins, float64 `(bins,)`, on the CPU."""
+        seen = as_float64(self.seen).cpu()
         even = torch.full((self.bins,), 1 / self.bins, dtype=torch.float64)
-        size = self._seen.square().mean(1).sqrt()
-        if bool((self._count < self._seen.shape[1]).any()) or not size.sum() > 0:
+        size = seen.square().mean(1).sqrt()
+        if bool((self.count < seen.shape[1]).any()) or not size.sum() > 0:
             return even
         return (1 - self.floor) * size / size.sum() + self.floor * even
 
     def time(self, sde: LinearSDE, u: Tensor) -> Tensor:
         p = self.probabilities
-        ends = p.cumsum(0) / p.sum()
+        ends = p.cumsum(0)
         chosen = torch.searchsorted(ends, u, right=True).clamp(max=self.bins - 1)
-        part = ((u - (ends - p)[chosen]) / p[chosen]).clamp(0, 1 - 2**-53)
-        return self.base.time(sde, (chosen + part).clamp(max=self.bins * (1 - 2**-53)) / self.bins)
+        part = ((u - (ends - p)[chosen]) / p[chosen]).clamp(0, 1 - 2**-30)  # rounding must not leave the bin
+        return self.base.time(sde, (chosen + part) / self.bins)
 
     def weight(self, sde: LinearSDE, t: Tensor) -> Tensor:
-        return self.base.weight(sde, t) / (self.bins * self.probabilities[self._bin(sde, t)]).to(t)
+        return self.base.weight(sde, t) / (self.bins * self.probabilities[self.bin(sde, t)]).to(t.device)
 
     def starts(self, sde: LinearSDE, t: Tensor) -> Tensor:
         return self.base.starts(sde, t)
+
+    def bin(self, sde: LinearSDE, t: Tensor) -> Tensor:
+        """The bins of times, whole numbers of their shape, on the CPU."""
+        borders = self.base.time(sde, torch.arange(1, self.bins, dtype=torch.float64) / self.bins)
+        return torch.searchsorted(borders, t.detach().cpu().contiguous(), right=True)
 
     def observe(self, sde: LinearSDE, t: PerRow, losses: PerRow) -> None:
         losses = as_float64(losses.detach()).cpu() * self.base.weight(sde, t).cpu()
@@ -336,38 +349,19 @@ class LossAware(Law):
                 time=t[rows[0]].item(),
                 rows=rows,
             )
-        order = self._bin(sde, t).argsort(stable=True)
-        bins, losses = self._bin(sde, t)[order], losses[order]
+        bins = self.bin(sde, t)
+        order = bins.argsort(stable=True)
+        bins, losses = bins[order], losses[order]
         found = torch.bincount(bins, minlength=self.bins)
         rank = torch.arange(len(bins)) - (found.cumsum(0) - found)[bins]
-        length = self._seen.shape[1]
-        last = rank >= found[bins] - length  # a bin may see more in one batch than it remembers
-        self._seen[bins[last], (self._count[bins] + rank)[last] % length] = losses[last]
-        self._count += found
+        length = self.seen.shape[1]
+        kept = rank >= found[bins] - length  # a bin may see more in one batch than it remembers
+        place = (self.count.cpu()[bins] + rank) % length
+        self.seen[bins[kept], place[kept]] = losses[kept].to(self.seen)
+        self.count += found.to(self.count)
 
-    def _bin(self, sde: LinearSDE, t: Tensor) -> Tensor:
-        borders = self.base.time(sde, torch.arange(1, self.bins, dtype=torch.float64) / self.bins)
-        return torch.searchsorted(borders, t.detach().cpu().contiguous(), right=True)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What has been seen, as tensors that `load_state_dict` takes."""
-        return {"seen": self._seen.clone(), "count": self._count.clone()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state.
-
-        Raises:
-            ShapeError: it is of other bins or another history.
-        """
-        for name, own in (("seen", self._seen), ("count", self._count)):
-            if name not in state or state[name].shape != own.shape:
-                got = tuple(state[name].shape) if name in state else "nothing"
-                raise ShapeError(f"{self} has a state {name!r} of shape {tuple(own.shape)}; got {got}.")
-        self._seen.copy_(state["seen"])
-        self._count.copy_(state["count"])
-
-    def __repr__(self) -> str:
-        return f"LossAware({self.base}, bins={self.bins}, history={self._seen.shape[1]}, floor={self.floor})"
+    def extra_repr(self) -> str:
+        return f"{self.base}, bins={self.bins}, history={self.seen.shape[1]}, floor={self.floor}"
 
 
 # Parts.

@@ -1,9 +1,11 @@
 r"""How much each noise level counts in a loss, and the levels of a batch.
 
-With `x_t = alpha x_0 + sigma eps`, every loss of this library that looks at all noise levels is a mean over even times
-of `w(t)` times the squared error of the implied noise, over the D entries of an event (or equals it up to a constant),
+With `x_t = alpha x_0 + sigma eps`, every loss of this library that looks at all noise levels is a mean over times of
+`w(t)` times the squared error of the implied noise, over the D entries of an event (or equals it up to a constant),
 
-    loss = 1 / (t_max - t_min) int w(t) E |epshat(t, x_t) - eps|^2 / D dt.
+    loss = E_t E_eps [ w(t) |epshat(t, x_t) - eps|^2 ] / D.
+
+The mean is over even times of `[t_min, t_max]`; for "edm", over times at which log(sigma / alpha) is normal(-1.2, 1.2).
 
 | weighting | w(t) | what it is |
 |---|---|---|
@@ -12,15 +14,15 @@ of `w(t)` times the squared error of the implied noise, over the D entries of an
 | "vlb" | (snr(s) / snr(t) - 1) / (2 (t - s)) | the bound of the steps (s, t] of a grid |
 | "snr" | 1 + 1 / snr | SNR + 1 on the data; for variance-preserving processes, the error of v |
 | "min_snr" | min(snr, 5) / snr | min-SNR-5 on the data |
-| "edm" | q(t) (s^2 + s_d^2) / s_d^2, s = sigma / alpha | Karras's; q is the density at which log s is normal(-1.2, 1.2) |
+| "edm" | (s^2 + s_d^2) / s_d^2, s = sigma / alpha | Karras's |
 
 `D (t_max - t_min)` times the loss is the diffusion term of the bound in nats with "likelihood", and with "vlb" that of
 its discrete form, in which a step has `1/2 (snr(s) - snr(t)) E|x_0 - xhat|^2`. On a chain of betas the weight of a step
 is DDPM's `beta^2 / (2 v a (1 - abar))` with the posterior variance v.
 
-Each weighting has a law of times of its own (`sdediff.times`), which says how the integral is estimated: even times,
-"likelihood" those even in log SNR, "edm" its log-normal, "vlb" the steps of a grid. Any other law may take its place;
-only that of "vlb" must be one on steps, which are then those meant.
+Each weighting also has a law by which times are drawn (`sdediff.times`), for "likelihood" those even in log SNR, for
+"vlb" the steps of a grid. Any other law may take its place, and the mean stays the same; only that of "vlb" must be one
+on steps, which are then those meant.
 
 References: Ho et al. 2020 (arXiv:2006.11239); Song and Ermon 2019 (arXiv:1907.05600); Song et al. 2021
 (arXiv:2101.09258), likelihood weighting; Kingma et al. 2021 (arXiv:2107.00630), the bound; Salimans and Ho 2022
@@ -65,27 +67,36 @@ def _min_snr(model: ScoreModel, t: Tensor, law: Law) -> Tensor:
     return (5 * (-model.linear.log_snr(t)).exp()).clamp(max=1)
 
 
-_EDM_TIMES = LogNormal(-1.2, 1.2)
-
-
 def _edm(model: ScoreModel, t: Tensor, law: Law) -> Tensor:
     # lambda(s) |xhat - x_0|^2 with lambda = (s^2 + s_d^2) / (s s_d)^2, and |xhat - x_0| = s |epshat - eps|
-    at_level = ((-model.linear.log_snr(t)).exp() + model.sigma_data**2) / model.sigma_data**2
-    return at_level / _EDM_TIMES.weight(model.linear, t)
+    return ((-model.linear.log_snr(t)).exp() + model.sigma_data**2) / model.sigma_data**2
 
 
-Weighting = tuple[Callable[[ScoreModel, Tensor, Law], Tensor], Law]
+@dataclass(frozen=True)
+class Weighting:
+    """A weighting of the noise error.
+
+    Attributes:
+        weight: w at times, float64, of a model, the times, and the law in use.
+        law: the law by which times are drawn if none is given.
+        over: the law whose mean is meant.
+    """
+
+    weight: Callable[[ScoreModel, Tensor, Law], Tensor]
+    law: Law = Even()
+    over: Law = Even()
+
 
 WEIGHTINGS: dict[str, Weighting] = {
-    "simple": (_simple, Even()),
-    "noise": (_simple, Even()),
-    "likelihood": (_likelihood, LogSNR()),
-    "vlb": (_vlb, Steps()),
-    "snr": (_snr, Even()),
-    "min_snr": (_min_snr, Even()),
-    "edm": (_edm, _EDM_TIMES),
+    "simple": Weighting(_simple),
+    "noise": Weighting(_simple),
+    "likelihood": Weighting(_likelihood, LogSNR()),
+    "vlb": Weighting(_vlb, Steps()),
+    "snr": Weighting(_snr),
+    "min_snr": Weighting(_min_snr),
+    "edm": Weighting(_edm, LogNormal(-1.2, 1.2), LogNormal(-1.2, 1.2)),
 }
-"""Weight of the noise error at a time (of a model, and the law of times in use), and the law of its own, by name."""
+"""The weightings by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +114,7 @@ class NoiseLevels:
     noise: State
     _sde: LinearSDE
     _law: Law
-    _share: PerRow | None
+    _over: Law | None
 
     @classmethod
     def draw(
@@ -120,14 +131,12 @@ class NoiseLevels:
         """Draw what is not given; the arguments are those of `losses.denoising`."""
         if weighting not in WEIGHTINGS:
             raise OptionError(f"Unknown weighting {weighting!r}: write one of {', '.join(map(repr, WEIGHTINGS))}.")
-        weight, law = WEIGHTINGS[weighting]
-        if times is not None:
-            law = times
+        chosen = WEIGHTINGS[weighting]
+        law = chosen.law if times is None else times
         if not isinstance(law, Law):
             raise OptionError(f"times must be a law of times such as times.Even() or times.LogSNR(); got {times!r}.")
-        sde, share = model.linear, None
         if t is None:
-            clock, share = law.draw(sde, len(x0), generator=generator)
+            clock, _ = law.draw(model.linear, len(x0), generator=generator)
         else:
             clock = as_time(t)
             clock = clock.expand(x0.shape[:1]) if clock.ndim == 0 else clock
@@ -135,12 +144,15 @@ class NoiseLevels:
             raise ShapeError(f"t must have one time per row, shape ({x0.shape[0]},); got {tuple(clock.shape)}.")
         if noise is None:
             noise = torch.randn(x0.shape, dtype=x0.dtype, generator=generator).to(x0.device)
-        return cls(clock, weight(model, clock, law), noise, sde, law, share)
+        weight = chosen.weight(model, clock, law)
+        return cls(clock, weight, noise, model.linear, law, chosen.over if t is None else None)
 
     def shared(self, losses: PerRow) -> PerRow:
-        """The losses times the weights of the law that drew their times, which first learns of them."""
-        if self._share is None:
+        """The losses with the weights of the law that drew their times, which learns of them; as they are if none did."""
+        if self._over is None:
             return losses
+        share = self._law.weight(self._sde, self.t)
+        even = losses / self._over.weight(self._sde, self.t).to(losses)
         if torch.is_grad_enabled():
-            self._law.observe(self._sde, self.t, losses)
-        return losses * self._share.to(losses)
+            self._law.observe(self._sde, self.t, even)
+        return even * share.to(losses)

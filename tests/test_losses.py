@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import sdediff as sd
-from sdediff.losses import WEIGHTINGS, denoising, low_discrepancy
+from sdediff.losses import WEIGHTINGS, denoising
+from sdediff.times import low_discrepancy
 from sdediff.model import PREDICTIONS, ScoreModel
 from sdediff.testing import gaussian_targets, linear_sdes
 
