@@ -11,7 +11,7 @@ constant that does not depend on s, it is
 
 The first takes D products with the Jacobian, sliced ones take one for every projection v, and differences none: two
 evaluations in place of a second derivative. They differ from sliced score matching by a term of order h^2 (each of the
-two terms has an error that is even in h). With S = (J + J^T) / 2, the variance of `v^T J v` is `2 |S|_F^2` for normal v,
+two terms has an error that is even in h). With S = (J + J^T) / 2, `v^T J v` has the variance `2 |S|_F^2` for normal v,
 `2 sum_(i != j) S_ij^2` for signs, and `2 D / (D + 2) (|S|_F^2 - tr(S)^2 / D)` on the sphere `|v|^2 = D`; the form with
 `(v.s)^2` has the variance of `v^T (J + s s^T / 2) v`.
 

@@ -44,6 +44,8 @@ from sdediff.model import ScoreModel
 from sdediff.shapes import PerRow, State, as_float64, as_time
 from sdediff.times import Even, Law, LogNormal, LogSNR, Steps
 
+_EVEN = Even()
+
 
 def _simple(model: ScoreModel, t: Tensor, law: Law) -> Tensor:
     return torch.ones_like(t)
@@ -83,8 +85,8 @@ class Weighting:
     """
 
     weight: Callable[[ScoreModel, Tensor, Law], Tensor]
-    law: Law = Even()
-    over: Law = Even()
+    law: Law = _EVEN
+    over: Law = _EVEN
 
 
 WEIGHTINGS: dict[str, Weighting] = {
@@ -148,11 +150,11 @@ class NoiseLevels:
         return cls(clock, weight, noise, model.linear, law, chosen.over if t is None else None)
 
     def shared(self, losses: PerRow) -> PerRow:
-        """The losses with the weights of the law that drew their times, which learns of them; as they are if none did."""
+        """The losses with the weights of the law that drew the times, which learns of them; unchanged if t is given."""
         if self._over is None:
             return losses
-        share = self._law.weight(self._sde, self.t)
-        even = losses / self._over.weight(self._sde, self.t).to(losses)
+        meant = self._over.weight(self._sde, self.t)
+        share = self._law.weight(self._sde, self.t) / meant
         if torch.is_grad_enabled():
-            self._law.observe(self._sde, self.t, even)
-        return even * share.to(losses)
+            self._law.observe(self._sde, self.t, losses.detach().to(meant) / meant)
+        return losses * share.to(losses)
