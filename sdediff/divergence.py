@@ -243,6 +243,11 @@ def _sphere(key: Words, place: Numbers, k: int, size: int) -> NDArray[np.float64
 
 
 def _orthogonal(key: Words, place: Numbers, k: int, size: int) -> NDArray[np.float64]:
+    if k > _order(size):
+        raise OptionError(
+            f"Orthogonal vectors of {size} entries are rows of a matrix of {_order(size)}; got {k}: take fewer, or "
+            "distribution='rademacher'."
+        )
     place, turn = place.astype(np.uint64), np.zeros(len(place), dtype=np.int64)
     if k == 1:  # one probe at a place: places take their rows in turn, times the same signs
         turn = (place & _LOW).astype(np.int64) % _order(size)
