@@ -70,6 +70,8 @@ def value_and_gradient(function: Callable[..., PerRow], x: State, *rest: Any) ->
         at = x if graph and x.requires_grad else x.detach().clone().requires_grad_()
         given = (part.clone() if isinstance(part, Tensor) and part.is_inference() else part for part in rest)
         value = one_a_row(function(at, *given), at)
+        if not value.requires_grad:  # it does not depend on x
+            return value, torch.zeros_like(at)
         slope = torch.autograd.grad(value.sum(), at, create_graph=graph, allow_unused=True, materialize_grads=True)[0]
     return (value if graph else value.detach()), slope
 

@@ -69,7 +69,7 @@ def test_its_stationary_variance_is_biased_by_the_known_factor(part):
 
 def test_from_four_variances_on_it_does_not_settle():
     assert affine_map(gaussian_score, 4 * STD**2, 50)[1] == pytest.approx(50 * 4 * STD**2)
-    with pytest.raises(DivergenceError, match=r"at step \d+, rows 0, 1\. Take smaller steps"):
+    with pytest.raises(DivergenceError, match=r"at step \d+, rows [01, ]+\. Take smaller steps"):
         sd.ula(gaussian_score, torch.ones(2, 1), step=20 * STD**2, steps=500, seed=0)
 
 
@@ -273,7 +273,7 @@ def test_a_noise_conditional_network_trained_at_ten_levels_samples_with_the_righ
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = sd.networks.MLP((2,), width=48, depth=1)
-    model = sd.ScoreModel(network, LEVELS, "edm", sigma_data=5.0)
+    model = sd.ScoreModel(network, LEVELS, "edm", time=lambda t: t, sigma_data=5.0)
     trained = sd.fit(
         model, FAR.sample(4000, seed=0).float(), times=sd.times.Levels(levels), steps=500, lr=5e-3, batch_size=256,
         seed=0, progress=False,
@@ -292,9 +292,9 @@ def test_a_noise_conditional_network_trained_at_ten_levels_samples_with_the_righ
 X = torch.zeros(3, 2, dtype=F64)
 MODEL = sd.ScoreModel(lambda x, t: -x, sd.VP(), "score")
 BAD = {
-    "no time, ula": (OptionError, lambda: sd.ula(MODEL, X, step=0.1, steps=2), "needs a time", r"ula\(model, x, t=...\)"),
+    "no time, ula": (OptionError, lambda: sd.ula(MODEL, X, step=0.1, steps=2), "needs a time", r"ula\(model, x, t="),
     "no time, mala": (OptionError, lambda: sd.mala(MODEL, X, step=0.1, steps=2), "needs a time", r"mala\(model, x, t="),
-    "time of a score": (OptionError, lambda: sd.ula(lambda x: x, X, step=0.1, steps=2, t=0.5), "t = 0.5", "a ScoreModel"),
+    "time of a score": (OptionError, lambda: sd.ula(X.add, X, step=0.1, steps=2, t=0.5), "t = 0.5", "a ScoreModel"),
     "time of a density": (
         OptionError, lambda: sd.mala(lambda x: x[:, 0], X, step=0.1, steps=2, t=0.5), "t = 0.5", "a log-density",
     ),
@@ -310,7 +310,7 @@ BAD = {
         DivergenceError, lambda: sd.mala(lambda x: x[:, 0].log(), X, step=0.1, steps=1), "at the start", "rows 0, 1, 2",
     ),
     "NaN": (
-        DivergenceError, lambda: sd.mala(lambda x: (1 - x[:, 0]).sqrt(), X, step=50.0, steps=9, seed=0),
+        DivergenceError, lambda: sd.mala(lambda x: (1 - x[:, 0] ** 2).sqrt(), X, step=50.0, steps=9, seed=0),
         "of a proposal", r"at step \d",
     ),
 }  # fmt: skip
