@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import NAMED, name
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
@@ -96,14 +96,14 @@ def test_the_weight_is_the_slope_of_time_in_the_law_s_number(sde, law):
 @given(sde=linear_sdes(), law=st.sampled_from(CONTINUOUS), power=st.integers(0, 3))
 def test_every_law_has_the_mean_over_even_times(sde, law, power):
     """Over all but the first and last thousandth of its numbers, whose times may be most of the span."""
+    assume(not isinstance(sde, sd.DiscreteVP))  # its rate has spikes, which a sum does not resolve; see the slopes above
     cut, s = 1e-3, (torch.arange(2000, dtype=F64) + 0.5) / 2000
     u = cut + (1 - 2 * cut) * (3 * s**2 - 2 * s**3)  # closer at both ends
     first, last = law.time(sde, torch.tensor([cut, 1 - cut], dtype=F64)).tolist()
     t = law.time(sde, u)
     got = (law.weight(sde, t) * (t / sde.t_max) ** power * 6 * s * (1 - s)).mean() * (1 - 2 * cut)
     whole = ((last / sde.t_max) ** (power + 1) - (first / sde.t_max) ** (power + 1)) * sde.t_max / (power + 1)
-    loose = 5e-3 if isinstance(sde, sd.DiscreteVP) else 1e-3  # its schedule has kinks, where the sum is less accurate
-    assert got.item() == pytest.approx(whole / (sde.t_max - sde.t_min), rel=loose)
+    assert got.item() == pytest.approx(whole / (sde.t_max - sde.t_min), rel=1e-3)
 
 
 @pytest.mark.parametrize("base", [Even(), LogSNR(), LogNormal(), Even("antithetic"), Even("independent")], ids=name)
