@@ -96,7 +96,9 @@ def test_the_weight_is_the_slope_of_time_in_the_law_s_number(sde, law):
 @given(sde=linear_sdes(), law=st.sampled_from(CONTINUOUS), power=st.integers(0, 3))
 def test_every_law_has_the_mean_over_even_times(sde, law, power):
     """Over all but the first and last thousandth of its numbers, whose times may be most of the span."""
-    assume(not isinstance(sde, sd.DiscreteVP))  # its rate has spikes, which a sum does not resolve; see the slopes above
+    assume(
+        not isinstance(sde, sd.DiscreteVP)
+    )  # its rate has spikes, which a sum does not resolve; see the slopes above
     cut, s = 1e-3, (torch.arange(2000, dtype=F64) + 0.5) / 2000
     u = cut + (1 - 2 * cut) * (3 * s**2 - 2 * s**3)  # closer at both ends
     first, last = law.time(sde, torch.tensor([cut, 1 - cut], dtype=F64)).tolist()
