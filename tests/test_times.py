@@ -316,6 +316,24 @@ def test_a_loss_teaches_the_law_that_drew_its_times_and_only_when_it_is_learnt_f
 
 
 @pytest.mark.parametrize("weighting", ["simple", "likelihood", "edm"])
+def test_what_a_law_observes_is_the_function_whose_mean_over_even_times_is_the_loss(weighting):
+    """For "edm" the error times its weight times the density of its log-normal levels."""
+    seen = []
+
+    class Spy(LogSNR):
+        def observe(self, sde, t, losses):
+            seen.extend([t, losses])
+
+    model = sd.ScoreModel(lambda x, t: x, VP)
+    x0, noise = torch.zeros(6, 2, dtype=F64), torch.randn(6, 2, dtype=F64, generator=generator())
+    values = denoising(model, x0, weighting=weighting, times=Spy(), noise=noise)
+    t, losses = seen
+    density = 1 / LogNormal().weight(VP, t) if weighting == "edm" else 1
+    torch.testing.assert_close(losses, denoising(model, x0, weighting=weighting, t=t, noise=noise) * density)
+    torch.testing.assert_close(values, losses * LogSNR().weight(VP, t))
+
+
+@pytest.mark.parametrize("weighting", ["simple", "likelihood", "edm"])
 @pytest.mark.parametrize("law", [Even(), LogSNR(), LogSNR(0.5), LogNormal(-0.5, 2.5), "aware"], ids=name)
 def test_another_law_leaves_the_mean_of_a_weighting_as_it_is(weighting, law):
     """With data at 0 and noise 1, and an error that fades as noise grows: to 2 percent, by 20,000 even numbers."""
