@@ -988,11 +988,6 @@ MUTANTS = [
         ("chosen.over if t is None else None", "chosen.over"),
     ),
     *_of(
-        "weightings",
-        "score_matching",
-        ("torch.expm1(log_snr(start) - log_snr(t)) / (2 * (t - start))", "_simple(model, t, law).requires_grad_()"),
-    ),
-    *_of(
         "times",
         "times",
         ("(u + torch.arange(n, dtype=torch.float64) / n) % 1", "(u + torch.arange(n, dtype=torch.float64)) % 1"),
