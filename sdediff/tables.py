@@ -9,8 +9,8 @@ First order: from t to s, with `epshat = (x_t - alpha_t xhat) / sigma_t` and `1 
     x_s = alpha_s xhat + sqrt(sigma_s^2 - nu^2) epshat + nu z.
 
 DDIM(eta) has `nu = eta sigma_s sqrt(1 - r)`. eta = 0 is the exponential Euler step of the probability-flow ODE,
-eta = 1 is DDPM's ancestral sampling with the posterior variance; DDPM may instead add noise of the variance
-`sigma_t^2 (1 - r)` of the forward step ("beta"). Methods of higher order are in `sdediff.exponential`.
+eta = 1 is DDPM's ancestral sampling with the posterior variance; what else the variance of the noise may be is in
+`sdediff.variance`. Methods of higher order are in `sdediff.exponential`.
 
 References: Ho et al. 2020 (arXiv:2006.11239); Song, Meng and Ermon 2021 (arXiv:2010.02502).
 """
@@ -29,9 +29,11 @@ from torch import Tensor
 from sdediff.errors import CapabilityError, OptionError
 from sdediff.model import Combination, Point, ScoreModel
 from sdediff.noise import NoiseStream
+from sdediff.reverse import Reverse
 from sdediff.sde import SDE
 from sdediff.shapes import Grid, State
 from sdediff.solvers import Solver, Step, model_of
+from sdediff.variance import Beta, Posterior, ReverseSteps, ReverseVariance, StepVariance, variance_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,80 +268,102 @@ def _check_finite(model: ScoreModel, table: Table, rows: Tensor) -> None:
     )
 
 
-def _fresh(at: Point) -> Tensor:
-    """`1 - snr_t / snr_s` of the steps."""
-    log_snr = 2 * (at.alpha.log() - at.sigma.log())
-    return -torch.expm1(log_snr[:-1] - log_snr[1:])
-
-
-def _first_order(model: ScoreModel, at: Point, kept: Tensor, added: Tensor) -> Table:
+def first_order(model: ScoreModel, at: Point, kept: Tensor, added: Tensor) -> Table:
     """Table of `alpha_s xhat + kept epshat + added z`."""
     from_x, from_output = model.weights_at(at[:-1], at.alpha[1:], kept)
     return Table(at.t, from_x, from_output[:, None], added)
 
 
-def _ddim_noise(at: Point, eta: float) -> tuple[Tensor, Tensor]:
-    """`(sqrt(sigma_s^2 - nu^2), nu)`."""
-    sigma_s = at.sigma[1:]
-    if not eta:
-        return sigma_s, torch.zeros_like(sigma_s)
-    fresh = _fresh(at)
-    kept = 1 - eta**2 * fresh
-    if bool((kept < 0).any() | (fresh < 0).any()):
-        raise OptionError(
-            f"eta = {eta:g} asks for more noise than sigma holds on some step of this grid: "
-            "use eta <= 1, or more steps."
-        )
-    return sigma_s * kept.sqrt(), eta * sigma_s * fresh.sqrt()
+class _Ancestral(TableSolver):
+    """Samplers of first order: the mean of `q(x_s | x_t, x_0)` at x_0 = xhat, and noise of a variance."""
+
+    variance: str | ReverseVariance
+
+    @property
+    @abstractmethod
+    def _eta(self) -> float:
+        """The eta of the inference process."""
+
+    @property
+    def _variance(self) -> ReverseVariance:
+        return variance_of(self.variance, type(self).__name__)
+
+    def table(self, model: ScoreModel, times: Grid) -> Table:
+        """The coefficients for a grid; C is 0 where the noise depends on the state."""
+        steps = ReverseSteps.of(model.point(times), self._eta)
+        variance = self._variance
+        added = variance.table(steps).sqrt() if isinstance(variance, StepVariance) else torch.zeros_like(steps.nu)
+        return first_order(model, steps.at, steps.kept, added)
+
+    def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
+        variance = self._variance
+        if isinstance(variance, StepVariance):
+            return super().start(process, x, times, noise)
+        model = model_of(process, self)
+        with torch.no_grad():
+            steps = ReverseSteps.of(model.point(times), self._eta)
+        model, spread = variance.along(model, steps)
+        mean = super().start(Reverse(model, self.noise_level), x, times, noise)
+
+        def step(i: int, x: State) -> State:
+            after = mean(i, x)
+            return after.addcmul(spread(i, x).sqrt(), noise.unit(x, times[i], times[i + 1]))
+
+        return step
 
 
 @dataclass(frozen=True)
-class DDIM(TableSolver):
+class DDIM(_Ancestral):
     """Denoising diffusion implicit models; first order.
 
     Args:
         eta: 0 for the deterministic sampler (a solver of the probability-flow ODE, in both directions), 1 for DDPM's
             ancestral sampling; between and slightly above are legal.
+        variance: of the noise added, "posterior" for that of the inference process, or a `StepVariance` or
+            `EntryVariance`, which adds what the data is uncertain by (Analytic-DDIM).
     """
 
     _fixed: ClassVar[bool] = True
     eta: float = 0.0
+    variance: str | ReverseVariance = "posterior"
 
     def __post_init__(self) -> None:
         if not self.eta >= 0:
             raise OptionError(f"DDIM needs eta >= 0; got {self.eta}.")
+        if isinstance(self._variance, Beta):
+            raise OptionError("DDIM has no variance 'beta', which belongs to eta = 1: write DDPM('beta').")
 
     @property
     def noise_level(self) -> float:  # type: ignore[override]  # the lambda that eta tends to with small steps
         return self.eta
 
-    def table(self, model: ScoreModel, times: Grid) -> Table:
-        at = model.point(times)
-        return _first_order(model, at, *_ddim_noise(at, self.eta))
+    @property
+    def deterministic(self) -> bool:
+        return self.eta == 0 and isinstance(self._variance, Posterior)
+
+    @property
+    def _eta(self) -> float:
+        return self.eta
 
 
 @dataclass(frozen=True)
-class DDPM(TableSolver):
+class DDPM(_Ancestral):
     """Ancestral sampling of denoising diffusion probabilistic models; first order.
 
     Args:
         variance: of the noise added, "posterior" for that of `q(x_s | x_t, x_0)` ("small"), "beta" for that of the
-            forward step ("large").
+            forward step ("large"), or a `StepVariance` or `EntryVariance` (`sdediff.variance`).
     """
 
     _fixed: ClassVar[bool] = True
-    variance: str = "posterior"
+    variance: str | ReverseVariance = "posterior"
     noise_level: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.variance not in ("posterior", "beta"):
-            raise OptionError(f"Unknown variance {self.variance!r} for DDPM: write 'posterior' or 'beta'.")
+        _ = self._variance
         if self.noise_level != 1:
             raise OptionError(f"DDPM has noise level 1; got {self.noise_level}. For other levels use DDIM(eta=...).")
 
-    def table(self, model: ScoreModel, times: Grid) -> Table:
-        at = model.point(times)
-        kept, added = _ddim_noise(at, 1.0)
-        if self.variance == "beta":
-            added = at.sigma[:-1] * _fresh(at).sqrt()
-        return _first_order(model, at, kept, added)
+    @property
+    def _eta(self) -> float:
+        return 1.0

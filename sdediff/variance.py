@@ -1,0 +1,135 @@
+r"""Variances of the reverse kernels `p(x_s | x_t)` of discrete chains.
+
+For a step from t to s, let `1 - r = 1 - snr_t / snr_s`, `nu = eta sigma_s sqrt(1 - r)`, `kept^2 = sigma_s^2 - nu^2`
+and `epshat = (x_t - alpha_t xhat) / sigma_t`. The kernels of the inference process and of the model are
+
+    q(x_s | x_t, x_0) = N(alpha_s x_0  + kept eps,     nu^2 I),
+    p(x_s | x_t)      = N(alpha_s xhat + kept epshat,  V),            mean difference = gain (x_0 - xhat),
+
+with `gain = alpha_s - kept alpha_t / sigma_t`. By the law of total variance the best V is
+
+    V = nu^2 + gain^2 Var[x_0 | x_t],
+
+so the two fixed choices of DDPM are two extremes of data: "posterior", `V = nu^2`, is right for data that is one point,
+and "beta", `V = sigma_t^2 (1 - r)`, for data that is N(0, I) (in a variance-preserving process).
+
+A `StepVariance` is one number for every step; an `EntryVariance` is one for every entry of every state.
+
+References: Ho et al. 2020 (arXiv:2006.11239), section 3.2; Song, Meng and Ermon 2021 (arXiv:2010.02502); Bao et al.
+2022 (arXiv:2201.06503).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sdediff.errors import OptionError
+from sdediff.model import Point, ScoreModel
+from sdediff.shapes import State
+
+
+@dataclass(frozen=True, eq=False)
+class ReverseSteps:
+    """The steps of a falling grid, as variances are made from them; float64.
+
+    Attributes:
+        at: the SDE at the `steps + 1` times.
+        fresh: `1 - snr_t / snr_s`, `(steps,)`.
+        nu: standard deviation of `q(x_s | x_t, x_0)`, `(steps,)`.
+        kept: `sqrt(sigma_s^2 - nu^2)`, `(steps,)`.
+    """
+
+    at: Point
+    fresh: Tensor
+    nu: Tensor
+    kept: Tensor
+
+    @classmethod
+    def of(cls, at: Point, eta: float = 1.0) -> ReverseSteps:
+        """The steps of DDIM's inference process with this eta; 1 is DDPM's.
+
+        Raises:
+            OptionError: nu would exceed sigma_s.
+        """
+        sigma_s = at.sigma[1:]
+        log_snr = 2 * (at.alpha.log() - at.sigma.log())
+        fresh = -torch.expm1(log_snr[:-1] - log_snr[1:])
+        if not eta:
+            return cls(at, fresh, torch.zeros_like(sigma_s), sigma_s)
+        kept = 1 - eta**2 * fresh
+        if bool((kept < 0).any() | (fresh < 0).any()):
+            raise OptionError(
+                f"eta = {eta:g} asks for more noise than sigma holds on some step of this grid: "
+                "use eta <= 1, or more steps."
+            )
+        return cls(at, fresh, eta * sigma_s * fresh.sqrt(), sigma_s * kept.sqrt())
+
+    @property
+    def gain(self) -> Tensor:
+        """What the mean moves by for a unit of the denoised data, `alpha_s - kept alpha_t / sigma_t`, `(steps,)`."""
+        return self.at.alpha[1:] - self.kept * self.at.alpha[:-1] / self.at.sigma[:-1]
+
+
+class StepVariance(ABC):
+    """A variance of the reverse kernel that is one number for every step."""
+
+    @abstractmethod
+    def table(self, steps: ReverseSteps) -> Tensor:
+        """V, float64 `(steps,)`."""
+
+
+class EntryVariance(ABC):
+    """A variance of the reverse kernel that a network gives for every entry of every state."""
+
+    @abstractmethod
+    def along(self, model: ScoreModel, steps: ReverseSteps) -> tuple[ScoreModel, Callable[[int, State], State]]:
+        """`(model, V)`: the model to step with, and `V(i, x)`, shaped as x, called after the model at `(t_i, x)`."""
+
+
+ReverseVariance = StepVariance | EntryVariance
+
+
+@dataclass(frozen=True)
+class Posterior(StepVariance):
+    """`V = nu^2`, that of `q(x_s | x_t, x_0)`."""
+
+    _fixed: ClassVar[bool] = True
+
+    def table(self, steps: ReverseSteps) -> Tensor:
+        return steps.nu**2
+
+
+@dataclass(frozen=True)
+class Beta(StepVariance):
+    """`V = sigma_t^2 (1 - r)`, that of the forward step `q(x_t | x_s)`."""
+
+    _fixed: ClassVar[bool] = True
+
+    def table(self, steps: ReverseSteps) -> Tensor:
+        return steps.at.sigma[:-1] ** 2 * steps.fresh
+
+
+VARIANCES: dict[str, ReverseVariance] = {"posterior": Posterior(), "beta": Beta()}
+"""The variances that have a name."""
+
+
+def variance_of(variance: str | ReverseVariance, caller: str) -> ReverseVariance:
+    """The variance that is meant.
+
+    Raises:
+        OptionError: no such name, or no variance.
+    """
+    if isinstance(variance, (StepVariance, EntryVariance)):
+        return variance
+    if variance not in VARIANCES:
+        raise OptionError(
+            f"Unknown variance {variance!r} for {caller}: write {' or '.join(map(repr, VARIANCES))}, or pass a "
+            "StepVariance or EntryVariance, such as AnalyticVariance.estimate(model, data, times)."
+        )
+    return VARIANCES[variance]
