@@ -269,6 +269,7 @@ def test_a_bin_is_drawn_as_often_as_it_should_and_weighs_the_inverse(base):
     assert (found - 5000 * law.probabilities).abs().max() <= 2  # evenly spread numbers
     torch.testing.assert_close(weight, base.weight(sde, t) / (5 * law.probabilities[law.bin(sde, t)]))
     u = (torch.arange(50, dtype=F64) + 0.5) / 50
+    assert bool((law.time(sde, u).diff() >= 0).all())
     assert law.bin(sde, base.time(sde, u)).tolist() == [i // 10 for i in range(50)]
 
 
@@ -331,6 +332,15 @@ def test_what_a_law_observes_is_the_function_whose_mean_over_even_times_is_the_l
     density = 1 / LogNormal().weight(VP, t) if weighting == "edm" else 1
     torch.testing.assert_close(losses, denoising(model, x0, weighting=weighting, t=t, noise=noise) * density)
     torch.testing.assert_close(values, losses * LogSNR().weight(VP, t))
+
+
+def test_edm_rows_weigh_what_karras_says_at_the_times_of_its_own_law():
+    """As its mean is over these times, nothing is divided out."""
+    seen = []
+    model = sd.ScoreModel(lambda x, t: seen.append(t) or x, VP)
+    x0, noise = torch.zeros(6, 2, dtype=F64), torch.randn(6, 2, dtype=F64, generator=generator())
+    values = denoising(model, x0, weighting="edm", noise=noise)
+    torch.testing.assert_close(values, denoising(model, x0, weighting="edm", t=seen[0], noise=noise))
 
 
 @pytest.mark.parametrize("weighting", ["simple", "likelihood", "edm"])
