@@ -1058,7 +1058,6 @@ MUTANTS = [
         ("scale = 2 * self.levels.weight * self.unit**2", "scale = self.levels.weight * self.unit**2"),
         ("self.levels.weight * self.unit**2 /", "self.levels.weight * self.unit /"),
         ("length = step * at.unit", "length = step * torch.ones_like(at.unit)"),
-        ("return self.levels.shared(losses * scale.to(losses))", "return losses * scale.to(losses)"),
         ("model.score(t, x, condition=condition)", "model.score(t, x)"),
         ("model.linear.perturb(t, x, levels.noise)", "x"),
     ),

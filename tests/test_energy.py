@@ -92,6 +92,8 @@ def test_a_graph_is_made_where_gradients_are_enabled_and_only_there():
     at = x.clone().requires_grad_()
     (second,) = torch.autograd.grad(energy(at)[:, 0].sum(), at)
     torch.testing.assert_close(second, -COV.inverse()[:1].expand(3, 2))
+    with torch.no_grad():
+        assert not any(part.requires_grad for part in value_and_gradient(energy.network, x))
     value, slope = value_and_gradient(energy.network, x)
     torch.testing.assert_close(value, energy.energy(None, x))
     torch.testing.assert_close(slope, -energy(x))

@@ -210,7 +210,7 @@ def test_denoising_is_implicit_score_matching_plus_the_weight_in_expectation(wei
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_a_single_level_is_the_static_loss_in_units_of_that_level(loss):
     sde, t = sd.VP(), torch.tensor(0.3, dtype=F64)
-    exact = sd.exact.Gaussian(MEAN, COV).model(sde)
+    exact = sd.ScoreModel(lambda x, t: (2 * x).sin() + sd.over(t, x), sde, time=lambda t: t)
     x0, noise = normal(5, SIZE, seed=2), normal(5, SIZE, seed=3)
     level = loss(exact, x0, t=t, noise=noise, weighting="snr", generator=generator(4))
     step = {"step": 0.05 * sde.sigma(t).item()} if loss is LOSSES["differences"] else {}
