@@ -127,7 +127,7 @@ def mala(
             outside = there.log_density == -math.inf
             _check_finite(ratio.where(~outside, 0), "The log-density of a proposal, or its gradient,", i)
             uniform = torch.special.log_ndtr(stream.normal(ratio))  # the logarithm of a uniform number
-            taken = (uniform < ratio) & ~outside
+            taken = uniform < ratio  # not where it is NaN or -inf, outside of the support
             here = there.where(taken, here)
             accepted = accepted + taken
             kept = [*kept, here.x] if trajectory else kept
