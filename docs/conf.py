@@ -15,6 +15,7 @@ import sdediff.shapes
 # For the kernels that execute the pages: states are small, and one thread serves them best.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # tqdm's advice to install widgets, which no page needs.
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
 
 project = "sdediff"
 author = "The sdediff authors"
