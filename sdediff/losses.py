@@ -16,6 +16,8 @@ noise level differs. In the error of the implied noise, summed over the D entrie
 Times are drawn evenly over `[t_min, t_max]` (for "edm": normally in log s), one uniform number shared by the batch and
 shifted by i / batch, so that every batch covers all noise levels (low discrepancy).
 
+`squared_noise` and `noise_residual` (`sdediff.extended`) train the variances of the Extended-Analytic-DPM.
+
 References: Vincent 2011; Ho et al. 2020 (arXiv:2006.11239); Song et al. 2021 (arXiv:2101.09258), likelihood weighting;
 Salimans and Ho 2022 (arXiv:2202.00512); Hang et al. 2023 (arXiv:2303.09556), min-SNR; Karras et al. 2022
 (arXiv:2206.00364); Kingma et al. 2021 (arXiv:2107.00630), low-discrepancy times.
@@ -31,6 +33,8 @@ import torch
 from torch import Tensor
 
 from sdediff.errors import OptionError, ShapeError
+from sdediff.extended import noise_residual as noise_residual
+from sdediff.extended import squared_noise as squared_noise
 from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
 from sdediff.shapes import PerRow, State, as_float64, as_time, check_state, over, sum_rows
