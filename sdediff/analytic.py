@@ -10,7 +10,7 @@ The two forms of w are equal for the exact model, where epshat = E[eps | x_t] (l
 
 | form | w | is |
 |---|---|---|
-| "residual" | E abs(eps - epshat)^2 / D | the best for the model as it is, also for one with errors (Bao et al. 2022b) |
+| "residual" | E abs(eps - epshat)^2 / D | the best for the model as it is, errors included (Bao et al. 2022b) |
 | "score" | 1 - E abs(epshat)^2 / D | Analytic-DPM's own (Bao et al. 2022), in terms of the score alone |
 
 Both are means over data and noise. `E |eps|^2 / D = 1` is known, so a multiple of `|eps|^2 / D - 1` is added that
@@ -164,10 +164,11 @@ class AnalyticVariance(StepVariance):
                 epshat = predicted(k, over(alpha[k], x) * x + over(sigma[k], x) * eps)
                 values[k, rows] = FORMS[form](eps.double(), epshat.double(), share)
         _check_finite(values, grid)
-        errors = values.std(1) / math.sqrt(len(data))
+        found, errors = values.mean(1), values.std(1) / math.sqrt(len(data))
         log_snr = 2 * (alpha.log() - sigma.log())
-        columns = (column.tolist() for column in (grid, log_snr, values.mean(1), errors))
-        return cls(*map(tuple, columns), bounds, form)  # type: ignore[arg-type]  # lists of floats
+        return cls(
+            tuple(grid.tolist()), tuple(log_snr.tolist()), tuple(found.tolist()), tuple(errors.tolist()), bounds, form
+        )
 
     # What was found
 

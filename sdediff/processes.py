@@ -326,7 +326,7 @@ def _length(n: int) -> int:
     return n
 
 
-def _rising_steps(steps: Sequence[int], n: int | None) -> tuple[int, ...]:
+def _rising_steps(steps: Sequence[int] | Tensor, n: int | None) -> tuple[int, ...]:
     """Time steps as a tuple of integers, rising from 0 or above, below n."""
     row = steps.tolist() if isinstance(steps, Tensor) else list(steps)
     fine = len(row) > 1 and all(type(i) is int or isinstance(i, np.integer) for i in row)
@@ -432,7 +432,7 @@ class DiscreteVP(LinearSDE):
     def _known(self, index: Tensor) -> Tensor:
         return index if self.steps is None else torch.tensor(self.steps, device=index.device)[index]
 
-    def respace(self, indices: Sequence[int]) -> DiscreteVP:
+    def respace(self, indices: Sequence[int] | Tensor) -> DiscreteVP:
         """The chain of some of its states (IDDPM): `beta'_k = 1 - abar_k / abar_(k-1)` over the states that are kept.
 
         Its `timestep` gives the time steps of this chain, so that a network of this chain serves it as it is. Sampling

@@ -93,7 +93,12 @@ def test_both_forms_agree_for_the_exact_model_and_the_residual_is_right_for_any(
     blank = sd.ScoreModel(lambda x, t: torch.zeros_like(x), VP, "noise")
     # one that says 0.6 eps (data and alpha known) leaves 0.16, not 1 - 0.36
     part = sd.ScoreModel(lambda x, t: 0.6 * (x - 0.8 * VP.alpha(t)[:, None]) / VP.sigma(t)[:, None], VP, "noise")
-    for model, form, w in ((blank, "residual", 1), (blank, "score", 1), (part, "residual", 0.16), (part, "score", 0.64)):
+    for model, form, w in (
+        (blank, "residual", 1),
+        (blank, "score", 1),
+        (part, "residual", 0.16),
+        (part, "score", 0.64),
+    ):
         found = sd.AnalyticVariance.estimate(model, data, times, form=form, seed=0)
         for estimate, error in zip(found.estimates, found.stderr, strict=True):
             assert abs(estimate - w) < 4 * error < 0.05
@@ -121,9 +126,7 @@ def test_what_noise_alone_contributes_is_removed_without_bias(form):
 def test_standard_errors_are_honest():
     times = torch.tensor([0.6, 0.3, 0.1], dtype=F64)
     model = ANISOTROPIC.model(VP)
-    runs = [
-        sd.AnalyticVariance.estimate(model, ANISOTROPIC.sample(300, seed=k), times, seed=k) for k in range(60)
-    ]
+    runs = [sd.AnalyticVariance.estimate(model, ANISOTROPIC.sample(300, seed=k), times, seed=k) for k in range(60)]
     spread = torch.tensor([run.estimates for run in runs]).std(0)
     stated = torch.tensor([run.stderr for run in runs]).mean(0)
     assert ((spread / stated - 1).abs() < 4 / math.sqrt(2 * 59)).all()
@@ -133,9 +136,7 @@ def test_a_row_draws_the_same_noise_in_any_batch():
     data = ANISOTROPIC.sample(50, seed=0)
     model = ANISOTROPIC.model(VP)
     times = torch.tensor([0.9, 0.5, 0.1], dtype=F64)
-    one, other = (
-        sd.AnalyticVariance.estimate(model, data, times, seed=4, batch_size=size) for size in (7, 1024)
-    )
+    one, other = (sd.AnalyticVariance.estimate(model, data, times, seed=4, batch_size=size) for size in (7, 1024))
     torch.testing.assert_close(torch.tensor(one.estimates), torch.tensor(other.estimates), rtol=1e-13, atol=0)
     assert one != sd.AnalyticVariance.estimate(model, data, times, seed=5)
     assert other == sd.AnalyticVariance.estimate(model, data, times, seed=4)
@@ -209,8 +210,12 @@ def test_the_exact_variance_of_bounded_data_keeps_its_bound():
 def test_on_its_own_times_it_says_what_was_estimated():
     found = sd.AnalyticVariance.estimate(ANISOTROPIC.model(VP), ANISOTROPIC.sample(200, 0), seed=0)
     at = ANISOTROPIC.model(VP).point(torch.tensor(found.times, dtype=F64))
-    close(found.ratio_at(torch.tensor(found.log_snr, dtype=F64)), torch.tensor(found.ratio, dtype=F64), rtol=0, atol=1e-11)
-    close(found.data_variance(at) * (at.alpha / at.sigma) ** 2, torch.tensor(found.ratio, dtype=F64), rtol=0, atol=1e-11)
+    close(
+        found.ratio_at(torch.tensor(found.log_snr, dtype=F64)), torch.tensor(found.ratio, dtype=F64), rtol=0, atol=1e-11
+    )
+    close(
+        found.data_variance(at) * (at.alpha / at.sigma) ** 2, torch.tensor(found.ratio, dtype=F64), rtol=0, atol=1e-11
+    )
 
 
 @given(sde=strategies.linear_sdes(), other=strategies.linear_sdes(), part=st.floats(0, 1), variance=st.floats(0.05, 4))
@@ -256,7 +261,9 @@ def test_the_mean_over_axes_is_right_where_each_axis_is_not():
     times = torch.tensor([0.8, 0.3], dtype=F64)
     known = exact_estimate(target, VP, times)
     steps = ReverseSteps.of(target.model(VP).point(times))
-    axes = [exact_estimate(sd.exact.Gaussian(torch.zeros(1, dtype=F64), c), VP, times).table(steps) for c in (0.04, 1.0)]
+    axes = [
+        exact_estimate(sd.exact.Gaussian(torch.zeros(1, dtype=F64), c), VP, times).table(steps) for c in (0.04, 1.0)
+    ]
     torch.testing.assert_close(known.table(steps), (axes[0] + axes[1]) / 2)
     assert axes[1] > 1.2 * axes[0]
 
@@ -264,7 +271,9 @@ def test_the_mean_over_axes_is_right_where_each_axis_is_not():
 def test_its_tables_are_kept_and_it_survives_json():
     from sdediff import tables
 
-    found = sd.AnalyticVariance.estimate(scalar_target().model(VP), scalar_target().sample(50, 0), seed=0, bounds=(-9, 9))
+    found = sd.AnalyticVariance.estimate(
+        scalar_target().model(VP), scalar_target().sample(50, 0), seed=0, bounds=(-9, 9)
+    )
     again = sd.AnalyticVariance(**json.loads(json.dumps(dataclasses.asdict(found))))
     assert again == found
     assert hash(again) == hash(found)
@@ -384,5 +393,3 @@ def test_a_model_that_is_not_finite_is_named_with_its_time_and_rows():
     quiet = sd.Recorded(torch.zeros(2, 4, 1, dtype=F64))
     with pytest.raises(sd.DivergenceError, match=r"at t = 0\.1, rows 1, 3"):
         sd.AnalyticVariance.estimate(sd.ScoreModel(network, VP), data, [0.9, 0.1], noise=quiet)
-
-
