@@ -86,7 +86,7 @@ MUTANTS = [
         ("(turned + 2 * start).sin()", "(turned + start).sin()"),
         ("n * np.concatenate([steps[:1], inner, steps[-1:]])", "np.concatenate([steps[:1], inner, steps[-1:]])"),
         ("self.beta_max / (2 * self.ramp) * grown.log1p()", "self.beta_max / self.ramp * grown.log1p()"),
-        (".round().long().sub(1)", ".long().sub(1)"),
+        ("(clock * len(self.betas)).round().sub(1)", "(clock * len(self.betas)).floor().sub(1)"),
     ),
     *_of(
         "model",
