@@ -140,7 +140,7 @@ def variances(scale: float, quick: bool) -> str:
         head = ["steps", "variance", "-ELBO (nats)", "sliced W2", "energy distance", "analytic better by (SE)"]
         text += f"\n### {grid}; entropy of the data {pm(entropy)} nats\n\n" + table(head, lines)
     for name in ("NPR, trained", "SN, trained"):
-        text += f"\n{name}: {100 * chosen[name].clipped.fraction:.0f} % of the entries were outside their bounds and held.\n"
+        text += f"\n{name}: {100 * chosen[name].clipped.fraction:.0f} % of the entries were held at their bounds.\n"
     return text
 
 
