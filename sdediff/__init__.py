@@ -11,8 +11,8 @@ from sdediff import grids as grids
 from sdediff import losses as losses
 from sdediff import metrics as metrics
 from sdediff import networks as networks
-from sdediff import subsequences as subsequences
 from sdediff import signals as signals
+from sdediff import subsequences as subsequences
 from sdediff import testing as testing
 from sdediff import vae as vae
 from sdediff.adapters import TorchDiffEq as TorchDiffEq

@@ -1,7 +1,6 @@
 """Analytic-DPM: the estimate against closed forms and quadrature, its bounds, its interpolation, and what it gains."""
 
 import dataclasses
-import itertools
 import json
 import math
 
@@ -10,6 +9,7 @@ import torch
 from helpers import NAMED, TwoFunctions, moment_error, name, scalar_target
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from variances import ANISOTROPIC, anisotropic, beyond, design, divergences, exact_estimate, gaussian_ratio
 
 import sdediff as sd
 from sdediff.analytic import FORMS
@@ -18,36 +18,6 @@ from sdediff.variance import ReverseSteps, variance_of
 
 F64 = torch.float64
 VP = sd.VP()
-
-
-def anisotropic(scale=1.0):
-    """Deviations between .05 and .3 within modes, about .5 in all, as those of images in [-1, 1]."""
-    means = torch.tensor([[-0.5, 0.0], [0.5, 0.25]], dtype=F64)
-    variances = torch.tensor([[0.005, 0.075], [0.075, 0.0025]], dtype=F64)
-    return sd.exact.GaussianMixture([0.5, 0.5], scale * means, scale**2 * variances)
-
-
-ANISOTROPIC = anisotropic()
-
-
-def design(target):
-    """Data and a noise source whose first and second moments are exactly those of a Gaussian target and of N(0, I)."""
-    size = target.mean.numel()
-    signs = torch.tensor(list(itertools.product([1.0, -1.0], repeat=2 * size)), dtype=F64)
-    root = torch.linalg.cholesky(target.cov)
-    data = target.mean + signs[:, :size] @ root.T
-    return data, lambda draws: sd.Recorded(signs[:, size:].expand(draws, -1, -1))
-
-
-def exact_estimate(target, sde, times, **options):
-    data, noise = design(target)
-    return sd.AnalyticVariance.estimate(target.model(sde), data, times, noise=noise(len(times)), **options)
-
-
-def gaussian_ratio(target, at):
-    """`w`, the mean over the spectrum of `alpha^2 c / (alpha^2 c + sigma^2)`."""
-    signal = at.alpha[:, None] ** 2 * target.variances
-    return (signal / (signal + at.sigma[:, None] ** 2)).mean(1)
 
 
 def close(found, expected, **options):
@@ -290,25 +260,6 @@ def test_its_tables_are_kept_and_it_survives_json():
 
 
 # What it gains
-
-
-def divergences(model, x, times, variance, seed):
-    """Sum over the steps of the KL divergences for isotropic reverse variances, one noise for each, `(batch,)`."""
-    steps = ReverseSteps.of(model.point(times))
-    at, rho = steps.at, steps.nu**2 / variance.table(steps)
-    snr = (at.alpha / at.sigma) ** 2
-    stream, total = sd.RowNoise(seed).open(), torch.zeros(len(x), dtype=F64)
-    for i in range(len(times) - 1):
-        xt = at.alpha[i] * x + at.sigma[i] * stream.normal(x)
-        posterior = (snr[i + 1] - snr[i]) / 2 * (x - model.denoised(times[i], xt)).square().sum(1)
-        total += rho[i] * posterior + x.shape[1] / 2 * (rho[i] - 1 - rho[i].log())
-    return total
-
-
-def beyond(differences):
-    """The mean in standard errors."""
-    values = torch.as_tensor(differences, dtype=F64)
-    return (values.mean() / values.std() * math.sqrt(len(values))).item()
 
 
 @pytest.mark.parametrize("steps", [10, 25])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from helpers import NAMED, BasisStream, name
-from test_analytic import beyond
+from variances import beyond, divergences
 
 import sdediff as sd
 from sdediff.variance import ReverseSteps
@@ -255,36 +255,12 @@ def test_a_network_of_another_shape_is_refused():
 # Trained networks
 
 
-def divergences(model, x, times, variance, seed):
-    """Sum over the steps of the KL divergences for reverse variances of every entry, `(batch,)`."""
-    steps = ReverseSteps.of(model.point(times))
-    at, stream, total = steps.at, sd.RowNoise(seed).open(), torch.zeros(len(x), dtype=F64)
-    model, spread = variance.along(model, steps)
-    for i in range(len(times) - 1):
-        xt = at.alpha[i] * x + at.sigma[i] * stream.normal(x)
-        off = steps.gain[i] * (x - model.denoised(times[i], xt))
-        rho = steps.nu[i] ** 2 / spread(i, xt)
-        total += (rho * (1 + off**2 / steps.nu[i] ** 2) - 1 - rho.log()).sum(1) / 2
-    return total
-
-
-def isotropic(known):
-    """A variance of every step as one of every entry."""
-
-    class Spread(sd.variance.EntryVariance):
-        def along(self, model, steps):
-            table = known.table(steps)
-            return model, lambda i, x: table[i].expand(x.shape)
-
-    return Spread()
-
-
 @pytest.fixture(scope="module")
 def comparison():
     model, times = MIXTURE.model(VP), sd.grids.log_snr(VP, 10)
     known = sd.AnalyticVariance.estimate(model, MIXTURE.sample(4000, 1), times, seed=0)
     x = MIXTURE.sample(3000, 2)
-    return model, times, x, divergences(model, x, times, isotropic(known), 3)
+    return model, times, x, divergences(model, x, times, known, 3)
 
 
 def test_the_exact_diagonal_has_a_higher_bound_than_the_best_isotropic_variance(comparison):
@@ -328,5 +304,5 @@ def test_a_small_trained_sn_network_learns_the_square_and_beats_the_posterior_va
         off = network(xt.float(), t.float()).double() - exact
         found = divergences(model, x, times, sd.SquaredNoise(network, bounds=(-2, 2)), 3)
     assert off.square().mean() < 0.1 * exact.var()
-    posterior = divergences(model, x, times, isotropic(sd.variance.Posterior()), 3)
+    posterior = divergences(model, x, times, sd.variance.Posterior(), 3)
     assert beyond(posterior - found) > 3

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_analytic import ANISOTROPIC, beyond, design, divergences, exact_estimate, gaussian_ratio
+from variances import ANISOTROPIC, beyond, design, divergences, exact_estimate, gaussian_ratio
 
 import sdediff as sd
 from sdediff import subsequences
