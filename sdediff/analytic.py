@@ -17,7 +17,8 @@ Both are means over data and noise. `E |eps|^2 / D = 1` is known, so a multiple 
 removes what noise alone contributes: `-u` of it to the residual form and `1 - u` of it to the score form, with
 `u = c^2 / (c^2 + sigma^2 / alpha^2)`, the w of normal data of the data's mean square deviation c.
 
-Bounds: `0 <= w <= 1` (for the exact model), and `sbar^2 <= ((b - a) / 2)^2` for data in `[a, b]`.
+Bounds: `0 <= w <= 1`, and `sbar^2 <= ((b - a) / 2)^2` for data in `[a, b]`. They hold for the exact model; an estimate
+beyond them is held there and reported. Far beyond, the model says less of the noise than "none" would.
 
 Between the times of the estimate, `logit w` is a monotone cubic (Fritsch and Butland, 1984) of log SNR: a straight
 line for isotropic normal data. As w depends on the SNR only, the estimate serves on any grid, and for any linear SDE.
@@ -148,7 +149,7 @@ class AnalyticVariance(StepVariance):
         if not bool(((alpha > 0) & (sigma > 0)).all()):
             raise TimeError(
                 "An estimate needs times at which alpha and sigma are positive; got "
-                f"t = {grid[~((alpha > 0) & (sigma > 0))][0]:g} of {model.linear}."
+                f"t = {grid[~((alpha > 0) & (sigma > 0))][0]:g} of {model.linear}. Give times that keep just inside."
             )
         spread = (data - data.mean(0)).double().square().mean()
         blind = (spread / (spread + (sigma / alpha) ** 2)).tolist()
