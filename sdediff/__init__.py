@@ -4,6 +4,7 @@ Diffusion models as continuous stochastic differential equations in PyTorch: sam
 linear SDE, with the samplers of the field as special cases. See the README for ten lines that show it.
 """
 
+from sdediff import decoders as decoders
 from sdediff import dequantize as dequantize
 from sdediff import exact as exact
 from sdediff import gaussians as gaussians
@@ -14,6 +15,7 @@ from sdediff import networks as networks
 from sdediff import signals as signals
 from sdediff import subsequences as subsequences
 from sdediff import testing as testing
+from sdediff import times as times
 from sdediff import vae as vae
 from sdediff.adapters import TorchDiffEq as TorchDiffEq
 from sdediff.adapters import TorchSDE as TorchSDE
@@ -42,6 +44,7 @@ from sdediff.divergence import Divergence as Divergence
 from sdediff.divergence import Exact as Exact
 from sdediff.divergence import Hutchinson as Hutchinson
 from sdediff.embedded import AdaptiveRungeKutta as AdaptiveRungeKutta
+from sdediff.energy import Energy as Energy
 from sdediff.errors import CapabilityError as CapabilityError
 from sdediff.errors import CheckFailure as CheckFailure
 from sdediff.errors import CheckpointError as CheckpointError
@@ -62,10 +65,14 @@ from sdediff.langevin import Corrector as Corrector
 from sdediff.langevin import Langevin as Langevin
 from sdediff.langevin import LangevinByNorm as LangevinByNorm
 from sdediff.langevin import PredictorCorrector as PredictorCorrector
+from sdediff.learned import LearnedVP as LearnedVP
 from sdediff.likelihood import LogProb as LogProb
 from sdediff.likelihood import log_prob as log_prob
 from sdediff.linear import LinearSDE as LinearSDE
 from sdediff.linear import as_linear as as_linear
+from sdediff.mcmc import Chain as Chain
+from sdediff.mcmc import mala as mala
+from sdediff.mcmc import ula as ula
 from sdediff.model import ScoreModel as ScoreModel
 from sdediff.noise import Antithetic as Antithetic
 from sdediff.noise import BrownianPath as BrownianPath
@@ -110,5 +117,7 @@ from sdediff.vae import VAE as VAE
 from sdediff.vae import HierarchicalVAE as HierarchicalVAE
 from sdediff.vae import ImportanceLogProb as ImportanceLogProb
 from sdediff.vae import VariationalBound as VariationalBound
+from sdediff.vdm import VDM as VDM
+from sdediff.vdm import variational as variational
 
 __version__ = "0.1.0"

@@ -15,6 +15,8 @@ levels where nothing is seen of the data as where all is decided. Any c is right
     diffusion = 1/2 sum (g_s - g_t) E|x - xhat(z_t)|^2 = 1/2 sum expm1(u_s - u_t) E(t)    with T steps (s before t),
     diffusion = 1/2 int -g' E|x - xhat(z_t)|^2 dt      = 1/2 int E du                     in continuous time.
 
+For discrete data a decoder takes the place of the normal density, `E log P(x | z_0)`: a bound on log P(x).
+
 `denoising_log_prob`: the same integral as an identity. For the exact denoiser, `E|x - xhat|^2 = mmse(x, g)` and
 
     log p(x) = -D/2 log(2 pi e c^2) + 1/2 int_0^inf [D c^2 / (1 + c^2 g) - mmse(x, g)] dg.
@@ -54,6 +56,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sdediff.decoders import Decoder
 from sdediff.density import wide
 from sdediff.draws import RowDraws, mix
 from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
@@ -76,7 +79,8 @@ class ELBO:
     """A lower bound on log p(x), in its parts: `total = reconstruction - prior - diffusion`, all `(batch,)`, nats.
 
     Attributes:
-        reconstruction: `E log N(x; xhat(z), s^2 I)` at t_min, for continuous data (its density, not a probability).
+        reconstruction: `E log N(x; xhat(z), s^2 I)` at t_min, for continuous data (its density, not a probability);
+            `E log P(x | z)` of a decoder, for discrete data.
         prior: `KL(q(z_T | x) || prior)`, in closed form.
         diffusion: sum of the steps' KL divergences, or its continuous limit.
         total: the bound.
@@ -139,6 +143,7 @@ class DenoisingLogProb:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+@torch.no_grad()
 def elbo(
     model: ScoreModel,
     x: State,
@@ -149,6 +154,7 @@ def elbo(
     samples: int = 16,
     prior: Prior | None = None,
     scale: float | None = None,
+    decoder: Decoder | None = None,
     seed: int | None = None,
     noise: Noise | None = None,
     condition: Any = None,
@@ -158,7 +164,7 @@ def elbo(
 
     Args:
         model: any model of a linear SDE.
-        x: data `(batch, *event)`.
+        x: data `(batch, *event)`; at bin centres, if there is a decoder.
         steps: number of steps, even in `log(1 + scale^2 snr)`; None, without times, for continuous time.
         times: a grid of steps instead, falling from t_max.
         t_min: where the data end is, in place of the SDE's own `t_min`.
@@ -168,6 +174,8 @@ def elbo(
             `target.marginal(sde, t_max)`; the SDE's own if None.
         scale: rough standard deviation of the data; if None, that of an "edm" model, else 1. Where it is off, the
             standard error grows, and the grid of `steps` is less even.
+        decoder: of discrete data (see `sdediff.decoders`); the total is then a bound on the log-probability of the
+            codes, in place of one on a density.
         seed: row i depends on it and on i only, whatever the batch or chunk size.
         noise: a source of the noise in place of `RowNoise(seed)`.
         condition, batch_size: as in `sample`.
@@ -184,26 +192,27 @@ def elbo(
     weights = torch.expm1(clock.diff())[:, None] / 2
 
     def evaluate(part: _Rows) -> dict[str, Tensor]:
-        seen = -torch.expm1(-clock[-1])
-        levels = -seen / 2 * part.errors(grid[-1].expand(samples))
-        reconstruction = levels - part.size / 2 * (_LOG_2PI - math.log(torch.expm1(clock[-1]) / scale**2))
+        reconstruction = part.reconstruction(grid[-1], decoder)
         result = {"reconstruction": reconstruction.mean(0), "prior": part.prior_kl()}
         if discrete:
             values = weights * torch.stack([part.errors(grid[:-1]) for _ in range(samples)])
             result |= {"terms": values.mean(0), "diffusion": values.sum(1).mean(0)}
-            variance = (reconstruction - values.sum(1)).var(0) / samples if samples > 1 else torch.nan * levels[0]
+            variance = (
+                (reconstruction - values.sum(1)).var(0) / samples if samples > 1 else torch.nan * reconstruction[0]
+            )
         else:
             integral, variance = _integral(part.errors(part.times(part.spread())), task.span)
             result["diffusion"] = integral
-            variance = variance + levels.var(0) / samples
+            variance = variance + reconstruction.var(0) / samples
         return result | {"stderr": variance.sqrt()}
 
     values, nfe = task.run(evaluate, condition, batch_size)
     total = values["reconstruction"] - values["prior"] - values["diffusion"]
-    settings = {"steps": len(grid) - 1 if discrete else None} | task.settings
+    settings = {"steps": len(grid) - 1 if discrete else None, "decoder": decoder} | task.settings
     return ELBO(**values, total=total, nfe=nfe, times=grid, settings=settings)
 
 
+@torch.no_grad()
 def sde_bound(
     model: ScoreModel,
     x: State,
@@ -242,6 +251,7 @@ def sde_bound(
     return SDEBound(**values, nfe=nfe, settings=task.settings)
 
 
+@torch.no_grad()
 def denoising_log_prob(
     model: ScoreModel,
     x: State,
@@ -471,6 +481,22 @@ class _Rows:
 
     def times(self, u: Values) -> Tensor:
         return _unclock(self.task.sde, u, self.task.scale, self.task.ends[1], self.task.ends[0])
+
+    def reconstruction(self, t: Tensor, decoder: Decoder | None) -> Values:
+        """`E log p(x | z)` at t, one value for each pair of noise, `(samples, batch)`."""
+        count = self.task.samples
+        if decoder is not None:
+            return torch.stack([self._decoded(t, decoder) for _ in range(count)])
+        clock = _clock(self.task.sde, t, self.task.scale)
+        constant = _LOG_2PI - math.log(torch.expm1(clock) / self.task.scale**2)
+        return torch.expm1(-clock) / 2 * self.errors(t.expand(count)) - self.size / 2 * constant
+
+    def _decoded(self, t: Tensor, decoder: Decoder) -> PerRow:
+        alpha, sigma = self.task.sde.scales_at(t)
+        shift = over(sigma, self.x) * self.stream.normal(self.x)
+        signal = over(alpha, self.x) * self.x
+        values = [decoder.log_prob(self.model, t, self.x, signal + noise) for noise in (shift, -shift)]
+        return ((values[0] + values[1]) / 2).cpu().double()
 
     def errors(self, times: Tensor) -> Values:
         """E at times `(points,)` or `(points, batch)`, each with fresh noise in both signs, float64."""

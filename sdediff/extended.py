@@ -33,6 +33,7 @@ from torch import Tensor
 from sdediff.errors import OptionError, ShapeError
 from sdediff.model import Point, ScoreModel
 from sdediff.shapes import PerRow, State, Time, as_time, check_state, per_row, sum_rows
+from sdediff.times import Even, Law
 from sdediff.variance import EntryVariance, ReverseSteps
 
 Network = Callable[..., Tensor]
@@ -44,6 +45,7 @@ def squared_noise(
     x0: State,
     *,
     t: Time | None = None,
+    times: Law | None = None,
     noise: State | None = None,
     condition: Any = None,
     generator: torch.Generator | None = None,
@@ -54,12 +56,13 @@ def squared_noise(
         network: called as the model's own, `network(x, t)` or `network(x, t, condition)`; shaped as x.
         model: whose SDE and clock (`time=`) it shares; its own network is not called.
         x0: clean data `(batch, *event)`.
-        t: times `()` or `(batch,)`; drawn evenly over the span of the SDE if None.
+        t: times `()` or `(batch,)`; drawn if None.
+        times: the law they are drawn from; even over the span of the SDE if None. See `sdediff.times`.
         noise: standard normal, shaped as x0; drawn if None.
         condition: passed to the network.
         generator: of t and noise, on the CPU.
     """
-    clock, noise, xt = _noised(model, x0, t, noise, generator)
+    clock, noise, xt = _noised(model, x0, t, times, noise, generator)
     h = _beside(model, network).predict(clock, xt, condition=condition)
     return sum_rows((h - noise**2) ** 2) / x0[0].numel()
 
@@ -70,6 +73,7 @@ def noise_residual(
     x0: State,
     *,
     t: Time | None = None,
+    times: Law | None = None,
     noise: State | None = None,
     condition: Any = None,
     generator: torch.Generator | None = None,
@@ -78,7 +82,7 @@ def noise_residual(
 
     The model gives epshat; no gradient reaches it.
     """
-    clock, noise, xt = _noised(model, x0, t, noise, generator)
+    clock, noise, xt = _noised(model, x0, t, times, noise, generator)
     with torch.no_grad():
         target = (noise - model.noise(clock, xt, condition=condition)) ** 2
     h = _beside(model, network).predict(clock, xt, condition=condition)
@@ -86,13 +90,17 @@ def noise_residual(
 
 
 def _noised(
-    model: ScoreModel, x0: State, t: Time | None, noise: State | None, generator: torch.Generator | None
+    model: ScoreModel,
+    x0: State,
+    t: Time | None,
+    times: Law | None,
+    noise: State | None,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, State, State]:
     check_state(x0, "x0")
-    sde, rows = model.linear, len(x0)
-    if t is None:  # one uniform number, shifted by i / batch: every batch covers all times
-        u = torch.rand((), dtype=torch.float64, generator=generator)
-        t = sde.t_min + (sde.t_max - sde.t_min) * ((u + torch.arange(rows, dtype=torch.float64) / rows) % 1)
+    sde = model.linear
+    if t is None:
+        t, _ = (Even() if times is None else times).draw(sde, len(x0), generator=generator)
     if noise is None:
         noise = torch.randn(x0.shape, dtype=x0.dtype, generator=generator).to(x0.device)
     clock = per_row(as_time(t), x0)

@@ -49,6 +49,24 @@ def test_a_solver_that_asks_between_the_steps_is_told_what_to_write():
     assert sd.sample(strict, (2, 3), times=CHAIN.times, solver=sd.DDPM(), seed=0).x.isfinite().all()
 
 
+@pytest.mark.parametrize("loss", ["denoising", "squared_noise", "noise_residual"])
+def test_losses_at_the_steps_of_the_chain_call_a_network_of_integer_steps(loss):
+    seen = []
+
+    def watched(x, t):
+        seen.extend(t.tolist())
+        return network(x, t)
+
+    model = sd.ScoreModel(watched, CHAIN, time=CHAIN.timestep)
+    x0, steps = torch.zeros(490, 2), sd.times.Steps()
+    if loss == "denoising":
+        values = sd.losses.denoising(model, x0, times=steps)
+    else:
+        values = getattr(sd.losses, loss)(watched, model, x0, times=steps)
+    assert values.shape == (490,)
+    assert set(seen) == set(range(1, 50))  # the ends of its steps
+
+
 # Re-spaced chains
 
 

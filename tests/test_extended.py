@@ -126,6 +126,9 @@ def test_drawn_times_cover_the_span_and_conditions_and_clocks_reach_the_network(
     assert label is labels
     gaps = t.sort().values.diff()
     torch.testing.assert_close(gaps, torch.full_like(gaps, 10 * (1 - 1e-5) / 64))
+    seen.clear()
+    sd.losses.squared_noise(network, model, torch.zeros(4, 2), times=sd.times.Steps([0.5, 0.2]), condition=labels[:4])
+    assert seen[0][0].tolist() == [5.0] * 4
     with pytest.raises(sd.ShapeError, match="x0 must have a floating-point dtype"):
         sd.losses.squared_noise(network, model, labels[:, None])
     with pytest.raises(sd.ShapeError, match=r"does not fit a state"):
