@@ -405,8 +405,8 @@ class DiscreteVP(LinearSDE):
             raise TimeError(
                 f"t = {clock[off].reshape(-1)[0]:g} is not one of the {len(self.betas)} times of {self}, and a network "
                 "of integer time steps knows no other: sample with times=chain.times or rows of it "
-                "(sd.subsequences.linear(chain.times, n)), and train with times=sd.times.Steps(). For solvers that stop "
-                "between, write time=chain.nearest_timestep, which rounds."
+                "(sd.subsequences.linear(chain.times, n)), train with times=sd.times.Levels(chain.times), and for "
+                "solvers that stop between write time=chain.nearest_timestep, which rounds."
             )
         return self._known(index)
 
