@@ -13,6 +13,7 @@ from sdediff import losses as losses
 from sdediff import metrics as metrics
 from sdediff import networks as networks
 from sdediff import signals as signals
+from sdediff import subsequences as subsequences
 from sdediff import testing as testing
 from sdediff import times as times
 from sdediff import vae as vae
@@ -20,6 +21,7 @@ from sdediff.adapters import TorchDiffEq as TorchDiffEq
 from sdediff.adapters import TorchSDE as TorchSDE
 from sdediff.adaptive import Adaptive as Adaptive
 from sdediff.adaptive_sde import AdaptiveStochastic as AdaptiveStochastic
+from sdediff.analytic import AnalyticVariance as AnalyticVariance
 from sdediff.bits import BitsPerDim as BitsPerDim
 from sdediff.bits import bits_per_dim as bits_per_dim
 from sdediff.bounds import ELBO as ELBO
@@ -56,6 +58,8 @@ from sdediff.errors import TimeError as TimeError
 from sdediff.exponential import Exponential as Exponential
 from sdediff.exponential import ExponentialRungeKutta as ExponentialRungeKutta
 from sdediff.exponential import UniPC as UniPC
+from sdediff.extended import NoiseResidual as NoiseResidual
+from sdediff.extended import SquaredNoise as SquaredNoise
 from sdediff.langevin import AnnealedLangevin as AnnealedLangevin
 from sdediff.langevin import Corrector as Corrector
 from sdediff.langevin import Langevin as Langevin

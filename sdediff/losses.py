@@ -4,6 +4,8 @@ With `x_t = alpha x_0 + sigma eps`, every prediction kind is trained by the same
 implies on the noise that was added; only the weight of each level differs (`sdediff.weightings`), and which levels are
 drawn how often (`sdediff.times`). For every w > 0 the minimum is the same, `E[eps | x_t] = -sigma score`.
 
+`squared_noise` and `noise_residual` (`sdediff.extended`) train the variances of the Extended-Analytic-DPM.
+
 `implicit`, `sliced` and `finite_difference` (`sdediff.score_matching`) need samples of a density only, no noise and no
 target.
 
@@ -18,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdediff.extended import noise_residual as noise_residual
+from sdediff.extended import squared_noise as squared_noise
 from sdediff.model import ScoreModel
 from sdediff.score_matching import energy_difference as energy_difference
 from sdediff.score_matching import finite_difference as finite_difference

@@ -23,8 +23,10 @@ Ho et al. 2020 (arXiv:2006.11239).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -32,7 +34,7 @@ import torch
 from scipy.interpolate import CubicHermiteSpline
 from torch import Tensor
 
-from sdediff.errors import OptionError
+from sdediff.errors import OptionError, TimeError
 from sdediff.linear import LinearSDE
 from sdediff.shapes import as_time
 
@@ -315,6 +317,25 @@ class RectifiedFlow(LinearSDE):
         return _sigmoid(-log_snr / 2)
 
 
+_OFF_CHAIN = 1e-2
+"""How far from a time of its chain, in steps, a time may lie: the rounding of float32 clocks."""
+
+
+def _length(n: int) -> int:
+    _require(isinstance(n, int) and n > 1, "A chain needs a whole number of steps, at least 2", n)
+    return n
+
+
+def _rising_steps(steps: Sequence[int] | Tensor, n: int | None) -> tuple[int, ...]:
+    """Time steps as a tuple of integers, rising from 0 or above, below n."""
+    row = steps.tolist() if isinstance(steps, Tensor) else list(steps)
+    fine = len(row) > 1 and all(type(i) is int or isinstance(i, np.integer) for i in row)
+    fine = fine and row[0] >= 0 and (n is None or row[-1] < n) and all(a < b for a, b in pairwise(row))
+    end = "" if n is None else f", in 0..{n - 1}"
+    _require(fine, f"Time steps are a rising row of at least two integers{end}", row)
+    return tuple(int(i) for i in row)
+
+
 @dataclass(frozen=True, eq=False)
 class DiscreteVP(LinearSDE):
     r"""A chain `x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z`, i = 1..N, made continuous with `t = i / N`.
@@ -324,9 +345,11 @@ class DiscreteVP(LinearSDE):
 
     Args:
         betas: N numbers in (0, 1).
+        steps: the time steps that a network knows these states by, rising; None for 0..N-1 (see `respace`).
     """
 
     betas: Tensor
+    steps: tuple[int, ...] | None = None
     t_max: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
@@ -334,6 +357,26 @@ class DiscreteVP(LinearSDE):
         fine = betas.ndim == 1 and len(betas) > 1 and bool(((betas > 0) & (betas < 1)).all())
         _require(fine, "DiscreteVP needs a row of at least two betas in (0, 1)", self.betas)
         object.__setattr__(self, "betas", betas)
+        if self.steps is not None:
+            object.__setattr__(self, "steps", _rising_steps(self.steps, None))
+            _require(len(self.steps) == len(betas), f"steps must name each of the {len(betas)} states", self.steps)
+
+    @classmethod
+    def linear_betas(cls, n: int = 1000, first: float = 1e-4, last: float = 0.02) -> DiscreteVP:
+        """DDPM's chain: betas even from `first` to `last`."""
+        return cls(torch.linspace(first, last, _length(n), dtype=torch.float64))
+
+    @classmethod
+    def cosine_betas(cls, n: int = 1000, offset: float = 0.008, largest: float = 0.999) -> DiscreteVP:
+        """IDDPM's chain: that of `CosineVP(offset)` on `[0, 1]`, with betas of at most `largest`."""
+        whole = CosineVP(offset, t_max=1.0)
+        times = torch.linspace(0, 1, _length(n) + 1, dtype=torch.float64)
+        return cls((whole.transition(times[:-1], times[1:])[1] ** 2).clamp(max=largest))
+
+    @classmethod
+    def sigmoid_betas(cls, n: int = 1000, first: float = 1e-4, last: float = 0.02, ramp: float = 6.0) -> DiscreteVP:
+        """Betas from `first` to `last` along a sigmoid, `sigmoid(u)` with u even from -ramp to ramp."""
+        return cls(first + (last - first) * _sigmoid(torch.linspace(-ramp, ramp, _length(n), dtype=torch.float64)))
 
     @property
     def t_min(self) -> float:  # type: ignore[override]  # a read-only view of the number of steps
@@ -341,13 +384,70 @@ class DiscreteVP(LinearSDE):
 
     @property
     def times(self) -> Tensor:
-        """The grid of the chain, `N/N, ..., 1/N`, decreasing `(N,)`: what `sample(times=...)` takes."""
+        """The grid of the chain, `N/N, ..., 1/N`, decreasing `(N,)`: what `sample(times=...)` takes.
+
+        Any rows of it will do in its place: sampling by a sub-sequence (`sdediff.subsequences`).
+        """
         n = len(self.betas)
         return torch.arange(n, 0, -1, dtype=torch.float64) / n
 
     def timestep(self, t: Tensor) -> Tensor:
-        """The integer time step `round(N t) - 1` in 0..N-1 of a network trained on the chain (DDPM's indices)."""
-        return (as_time(t) * len(self.betas)).round().long().sub(1).clamp(min=0)
+        """The integer time step `N t - 1` in 0..N-1 of a network trained on the chain (DDPM's indices).
+
+        Raises:
+            TimeError: t is not one of `times`.
+        """
+        clock = as_time(t)
+        place = clock * len(self.betas)
+        index = self._index(clock)
+        off = (place - place.round()).abs() > _OFF_CHAIN
+        if bool(off.any()):
+            raise TimeError(
+                f"t = {clock[off].reshape(-1)[0]:g} is not one of the {len(self.betas)} times of {self}, and a network "
+                "of integer time steps knows no other: sample with times=chain.times or rows of it "
+                "(sd.subsequences.linear(chain.times, n)), train with times=sd.times.Levels(chain.times), and for "
+                "solvers that stop between write time=chain.nearest_timestep, which rounds."
+            )
+        return self._known(index)
+
+    def nearest_timestep(self, t: Tensor) -> Tensor:
+        """The integer time step nearest to t, for solvers whose times lie between those of the chain.
+
+        Raises:
+            TimeError: t is nearer to 0, which is the data and no step, than to `t_min`, or beyond `t_max`.
+        """
+        return self._known(self._index(as_time(t)))
+
+    def _index(self, clock: Tensor) -> Tensor:
+        """The nearest step, counted from 0; refused outside 0..N-1."""
+        index = (clock * len(self.betas)).round().sub(1)
+        outside = ~((index >= 0) & (index < len(self.betas)))
+        if bool(outside.any()):
+            raise TimeError(
+                f"t = {clock[outside].reshape(-1)[0]:g} has no time step: those of {self} are "
+                f"0..{len(self.betas) - 1}, at t = {self.t_min:g} to 1."
+            )
+        return index.long()
+
+    def _known(self, index: Tensor) -> Tensor:
+        return index if self.steps is None else torch.tensor(self.steps, device=index.device)[index]
+
+    def respace(self, indices: Sequence[int] | Tensor) -> DiscreteVP:
+        """The chain of some of its states (IDDPM): `beta'_k = 1 - abar_k / abar_(k-1)` over the states that are kept.
+
+        Its `timestep` gives the time steps of this chain, so that a network of this chain serves it as it is. Sampling
+        it is sampling this chain by the sub-sequence.
+
+        Args:
+            indices: the steps kept, rising, in 0..N-1; at least two.
+
+        Raises:
+            OptionError: no such steps.
+        """
+        kept = _rising_steps(indices, len(self.betas))
+        levels = torch.from_numpy(-np.log1p(-self.betas.numpy())).cumsum(0)[list(kept)]
+        gaps = torch.cat([levels[:1], levels.diff()])
+        return DiscreteVP(-torch.expm1(-gaps), tuple(self._known(torch.tensor(kept)).tolist()))
 
     @cached_property
     def _integral(self) -> tuple[Tensor, Tensor]:
@@ -384,4 +484,5 @@ class DiscreteVP(LinearSDE):
         return _preserving_scale_rates(self.scales(t), self._beta(as_time(t)))
 
     def __repr__(self) -> str:
-        return f"DiscreteVP({len(self.betas)} betas from {self.betas[0]:g} to {self.betas[-1]:g})"
+        kept = "" if self.steps is None else f", time steps {self.steps[0]} to {self.steps[-1]}"
+        return f"DiscreteVP({len(self.betas)} betas from {self.betas[0]:g} to {self.betas[-1]:g}{kept})"

@@ -176,7 +176,7 @@ def test_an_sde_of_one_s_own_must_be_passed(tmp_path, sde):
 
 def test_a_time_of_one_s_own_must_be_passed(tmp_path):
     chain = sd.DiscreteVP(torch.linspace(0.01, 0.3, 10))
-    model = ScoreModel(mlp(), chain, time=lambda t: chain.timestep(t) / 10)
+    model = ScoreModel(mlp(), chain, time=lambda t: chain.nearest_timestep(t) / 10)
     folder = saved(tmp_path, model)
     with pytest.raises(CheckpointError, match=r"time function of your own: pass load\(path, time=\.\.\.\)"):
         sd.load(folder)

@@ -1,0 +1,219 @@
+r"""Extended-Analytic-DPM: a reverse variance for every entry of every state, from a network of its own.
+
+The best diagonal variance of a reverse kernel is `V = nu^2 + gain^2 Var[x_0 | x_t]`, entry by entry, and
+
+    Var[x_0 | x_t] = (sigma^2 / alpha^2) Var[eps | x_t].
+
+Two regressions, both entry by entry and on the same states as the model, give it:
+
+| network | is trained on | tends to | Var[eps abs x_t] |
+|---|---|---|---|
+| SN, `squared_noise` | eps^2 | E[eps^2 abs x_t] | h - epshat^2 |
+| NPR, `noise_residual` | (eps - epshat)^2 | E[(eps - epshat)^2 abs x_t] | h |
+
+For the exact mean the two agree. For one with errors, NPR gives the second moment about the mean that is used, which
+is the best variance for it; SN gives that about the true mean, if epshat^2 is near enough to that of the true one.
+
+Bounds: a variance is at least 0, and at most `((b - a) / 2)^2` for data in `[a, b]`. (Unlike its mean over data,
+`Var[eps | x_t]` itself may exceed 1: between two modes it does.) What is clipped is counted.
+
+Reference: Bao et al. 2022b (arXiv:2206.07309), sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdediff.errors import OptionError, ShapeError
+from sdediff.model import Point, ScoreModel
+from sdediff.shapes import PerRow, State, Time, as_time, check_state, per_row, sum_rows
+from sdediff.times import Even, Law
+from sdediff.variance import EntryVariance, ReverseSteps
+
+Network = Callable[..., Tensor]
+
+
+def squared_noise(
+    network: Network,
+    model: ScoreModel,
+    x0: State,
+    *,
+    t: Time | None = None,
+    times: Law | None = None,
+    noise: State | None = None,
+    condition: Any = None,
+    generator: torch.Generator | None = None,
+) -> PerRow:
+    """Regression of a network on `eps^2`, `|network(x_t, t) - eps^2|^2 / D`, one value a row, `(batch,)`.
+
+    Args:
+        network: called as the model's own, `network(x, t)` or `network(x, t, condition)`; shaped as x.
+        model: whose SDE and clock (`time=`) it shares; its own network is not called.
+        x0: clean data `(batch, *event)`.
+        t: times `()` or `(batch,)`; drawn if None.
+        times: the law they are drawn from; even over the span of the SDE if None. See `sdediff.times`.
+        noise: standard normal, shaped as x0; drawn if None.
+        condition: passed to the network.
+        generator: of t and noise, on the CPU.
+    """
+    clock, noise, xt = _noised(model, x0, t, times, noise, generator)
+    h = _beside(model, network).predict(clock, xt, condition=condition)
+    return sum_rows((h - noise**2) ** 2) / x0[0].numel()
+
+
+def noise_residual(
+    network: Network,
+    model: ScoreModel,
+    x0: State,
+    *,
+    t: Time | None = None,
+    times: Law | None = None,
+    noise: State | None = None,
+    condition: Any = None,
+    generator: torch.Generator | None = None,
+) -> PerRow:
+    """Regression of a network on `(eps - epshat)^2`, one value a row, `(batch,)`; arguments as of `squared_noise`.
+
+    The model gives epshat; no gradient reaches it.
+    """
+    clock, noise, xt = _noised(model, x0, t, times, noise, generator)
+    with torch.no_grad():
+        target = (noise - model.noise(clock, xt, condition=condition)) ** 2
+    h = _beside(model, network).predict(clock, xt, condition=condition)
+    return sum_rows((h - target) ** 2) / x0[0].numel()
+
+
+def _noised(
+    model: ScoreModel,
+    x0: State,
+    t: Time | None,
+    times: Law | None,
+    noise: State | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, State, State]:
+    check_state(x0, "x0")
+    sde = model.linear
+    if t is None:
+        t, _ = (Even() if times is None else times).draw(sde, len(x0), generator=generator)
+    if noise is None:
+        noise = torch.randn(x0.shape, dtype=x0.dtype, generator=generator).to(x0.device)
+    clock = per_row(as_time(t), x0)
+    return clock, noise, sde.perturb(clock, x0, noise)
+
+
+def _beside(model: ScoreModel, network: Network) -> ScoreModel:
+    """A network that is called as the model's own is, except that it sees x and, by default, t themselves."""
+    return replace(model, network=network, prediction="noise")
+
+
+@dataclass(eq=False)
+class Clipped:
+    """How many entries of the variances were outside their bounds, out of how many."""
+
+    outside: int = 0
+    entries: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """In [0, 1]; NaN before anything was counted."""
+        return self.outside / self.entries if self.entries else float("nan")
+
+    def count(self, outside: Tensor) -> None:
+        self.outside += int(outside.sum())
+        self.entries += outside.numel()
+
+
+Noise = Callable[[int, State], State]
+
+
+@dataclass(frozen=True)
+class _Learned(EntryVariance):
+    """A variance from a network.
+
+    Args:
+        network: what was trained, called as the model's own.
+        bounds: `(a, b)` that the entries of data lie in, or None.
+
+    Attributes:
+        clipped: counts what lay outside the bounds, over all sampling so far.
+    """
+
+    network: Network
+    bounds: tuple[float, float] | None = None
+    clipped: Clipped = field(default_factory=Clipped, init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.network):
+            raise OptionError(
+                f"The network of {type(self).__name__} must be callable as network(x, t); got "
+                f"{type(self.network).__name__}."
+            )
+        if self.bounds is not None and (len(self.bounds) != 2 or not self.bounds[0] < self.bounds[1]):
+            raise OptionError(f"bounds are (a, b) with a < b; got {tuple(self.bounds)}.")
+
+    @abstractmethod
+    def _noise_variance(self, model: ScoreModel, at: Point, h: Noise) -> tuple[ScoreModel, Noise]:
+        """`(model, Var[eps | x])`: the model to step with, and the variance before its bounds, called after it."""
+
+    def along(self, model: ScoreModel, steps: ReverseSteps) -> tuple[ScoreModel, Callable[[int, State], State]]:
+        at = steps.at[:-1]
+        model, variance = self._noise_variance(model, at, _beside(model, self.network).along(at.t))
+        ratio = ((at.sigma / at.alpha) ** 2).tolist()
+        nu, gain = (steps.nu**2).tolist(), (steps.gain**2).tolist()
+        most = None if self.bounds is None else ((self.bounds[1] - self.bounds[0]) / 2) ** 2
+
+        def spread(i: int, x: State) -> State:
+            found = ratio[i] * variance(i, x)
+            held = found.clamp(0, most)
+            self.clipped.count(held != found)
+            return nu[i] + gain[i] * held
+
+        return model, spread
+
+
+@dataclass(frozen=True)
+class SquaredNoise(_Learned):
+    """The variance `h - epshat^2` of the noise, from an SN network (`squared_noise`); for `DDPM(variance=...)`."""
+
+    def _noise_variance(self, model: ScoreModel, at: Point, h: Noise) -> tuple[ScoreModel, Noise]:
+        watched = _Watched(model.network)
+        zero, one = torch.zeros_like(at.alpha), torch.ones_like(at.alpha)
+        from_x, from_output = (column.tolist() for column in model.weights_at(at, zero, one))
+
+        def variance(i: int, x: State) -> State:
+            output = watched.output_for(x)
+            return h(i, x) - (from_x[i] * x + from_output[i] * output) ** 2
+
+        return replace(model, network=watched), variance
+
+
+@dataclass(frozen=True)
+class NoiseResidual(_Learned):
+    """The variance h of the noise, from an NPR network (`noise_residual`); for `DDPM(variance=...)`."""
+
+    def _noise_variance(self, model: ScoreModel, at: Point, h: Noise) -> tuple[ScoreModel, Noise]:
+        return model, h
+
+
+class _Watched:
+    """A network whose last output can be read, so that it need not be called twice for one state."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.keeps_time = getattr(network, "keeps_time", False)
+        self._output: Tensor | None = None
+
+    def __call__(self, *args: Any) -> Tensor:
+        self._output = self.network(*args)
+        return self._output
+
+    def output_for(self, x: State) -> State:
+        if self._output is None or self._output.shape != x.shape:
+            raise ShapeError("The variance of a step is asked for after the model was called at its state.")
+        return self._output.to(x)
