@@ -20,6 +20,7 @@ from sdediff.bits import bits_per_dim as bits_per_dim
 from sdediff.bounds import ELBO as ELBO
 from sdediff.bounds import DenoisingLogProb as DenoisingLogProb
 from sdediff.bounds import SDEBound as SDEBound
+from sdediff.bounds import consistency_elbo as consistency_elbo
 from sdediff.bounds import denoising_log_prob as denoising_log_prob
 from sdediff.bounds import elbo as elbo
 from sdediff.bounds import sde_bound as sde_bound

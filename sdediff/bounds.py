@@ -15,6 +15,16 @@ levels where nothing is seen of the data as where all is decided. Any c is right
     diffusion = 1/2 sum (g_s - g_t) E|x - xhat(z_t)|^2 = 1/2 sum expm1(u_s - u_t) E(t)    with T steps (s before t),
     diffusion = 1/2 int -g' E|x - xhat(z_t)|^2 dt      = 1/2 int E du                     in continuous time.
 
+Here the reverse kernels have the variance of the posterior. Any other (`sdediff.variance`) has its KL divergences, and
+its decoder, instead of s^2, the V of the step to the data. In the limit of small steps the variance is no choice.
+
+`consistency_elbo`: the same bound, with z_i at times t_0 = t_max > ... > t_n = t_min and z_(n+1) = x, in the order in
+which the chain is noised,
+
+    log p(x) >= E log p(x | z_n) - E KL(q(z_0 | z_1) || prior) - sum_(i=1)^n E KL(q(z_i | z_(i+1)) || p(z_i | z_(i-1))).
+
+It takes the mean over two states of the path for each step, of which one is noise that `elbo` has integrated.
+
 `denoising_log_prob`: the same integral as an identity. For the exact denoiser, `E|x - xhat|^2 = mmse(x, g)` and
 
     log p(x) = -D/2 log(2 pi e c^2) + 1/2 int_0^inf [D c^2 / (1 + c^2 g) - mmse(x, g)] dg.
@@ -65,6 +75,15 @@ from sdediff.priors import Prior, is_gaussian, kl_to_prior, mean_log_prob
 from sdediff.runs import bound_rows, chunks_of, evaluating, starts_at_prior
 from sdediff.sde import check_grid, fresh_seed
 from sdediff.shapes import Grid, PerRow, State, as_time, check_state, over, sum_rows
+from sdediff.variance import (
+    VARIANCES,
+    EntryVariance,
+    Posterior,
+    ReverseSteps,
+    ReverseVariance,
+    StepVariance,
+    variance_of,
+)
 
 Values: TypeAlias = Float[Tensor, " points batch"]
 
@@ -76,8 +95,8 @@ class ELBO:
     """A lower bound on log p(x), in its parts: `total = reconstruction - prior - diffusion`, all `(batch,)`, nats.
 
     Attributes:
-        reconstruction: `E log N(x; xhat(z), s^2 I)` at t_min, for continuous data (its density, not a probability).
-        prior: `KL(q(z_T | x) || prior)`, in closed form.
+        reconstruction: `E log N(x; xhat(z), V)` at t_min, for continuous data (its density, not a probability).
+        prior: `KL(q(z_T | x) || prior)`, in closed form (its mean over z_1 in the consistency form).
         diffusion: sum of the steps' KL divergences, or its continuous limit.
         total: the bound.
         stderr: standard error of total over the noise (and times); NaN for a single sample.
@@ -85,7 +104,7 @@ class ELBO:
         times: the grid, falling; its two ends in continuous time.
         terms: KL divergence of every step, `(steps, batch)`, from `times[i]` to `times[i + 1]`; None in continuous
             time. Estimates without bias, so that one of a small divergence may be negative.
-        settings: the steps, span, samples, scale, prior and seed that gave the number.
+        settings: the steps, variance, span, samples, scale, prior and seed that gave the number.
     """
 
     reconstruction: PerRow
@@ -146,6 +165,7 @@ def elbo(
     steps: int | None = None,
     times: Tensor | Sequence[float] | None = None,
     t_min: float | None = None,
+    variance: str | ReverseVariance = "posterior",
     samples: int = 16,
     prior: Prior | None = None,
     scale: float | None = None,
@@ -162,6 +182,9 @@ def elbo(
         steps: number of steps, even in `log(1 + scale^2 snr)`; None, without times, for continuous time.
         times: a grid of steps instead, falling from t_max.
         t_min: where the data end is, in place of the SDE's own `t_min`.
+        variance: of the reverse kernels of a discrete chain: "posterior", "beta", or a `StepVariance` or
+            `EntryVariance` (`sdediff.variance`). The decoder has that of the step to the data, which is
+            `sigma^2 / alpha^2` at t_min for "posterior", sigma^2 for "beta", and `Var[x_0 | x_t]` for an analytic one.
         samples: pairs of opposite noise for each row: for every step, or over all of continuous time (an even number,
             two to a stratum); and for the reconstruction.
         prior: of the states at the first time: a Normal (or `Independent` of one), or an `exact.Gaussian`, such as
@@ -177,30 +200,94 @@ def elbo(
         DivergenceError: an error of the model is NaN or infinite.
     """
     discrete = steps is not None or times is not None
+    kernels = variance_of(variance, "elbo")
+    if not discrete and not isinstance(kernels, Posterior):
+        raise OptionError(
+            f"In continuous time the variance is not a choice: all tend to the posterior's; got variance={variance!r}. "
+            "Give steps=... or times=..., or leave variance away."
+        )
     scale = _scale(model, scale)
     grid = _grid(model, steps, times, t_min, scale)
     task = _Task.of(model, x, grid, samples, prior, scale, seed, noise, even=not discrete, ends=discrete)
-    clock = _clock(model.linear, grid, scale)
-    weights = torch.expm1(clock.diff())[:, None] / 2
+    chain = ReverseSteps.to_data(model.point(grid))
 
     def evaluate(part: _Rows) -> dict[str, Tensor]:
-        seen = -torch.expm1(-clock[-1])
-        levels = -seen / 2 * part.errors(grid[-1].expand(samples))
-        reconstruction = levels - part.size / 2 * (_LOG_2PI - math.log(torch.expm1(clock[-1]) / scale**2))
-        result = {"reconstruction": reconstruction.mean(0), "prior": part.prior_kl()}
+        prior_kl = part.prior_kl()
         if discrete:
-            values = weights * torch.stack([part.errors(grid[:-1]) for _ in range(samples)])
-            result |= {"terms": values.mean(0), "diffusion": values.sum(1).mean(0)}
-            variance = (reconstruction - values.sum(1)).var(0) / samples if samples > 1 else torch.nan * levels[0]
-        else:
-            integral, variance = _integral(part.errors(part.times(part.spread())), task.span)
-            result["diffusion"] = integral
-            variance = variance + levels.var(0) / samples
-        return result | {"stderr": variance.sqrt()}
+            reconstruction, terms = (
+                part.by_step(chain, kernels) if isinstance(kernels, StepVariance) else (part.by_entry(chain, kernels))
+            )
+            return _sums(reconstruction, prior_kl.expand(samples, -1), terms)
+        reconstruction = part.decoded(grid[-1], torch.zeros(()))
+        integral, variance = _integral(part.errors(part.times(part.spread())), task.span)
+        stderr = (variance + reconstruction.var(0) / samples).sqrt()
+        return {"reconstruction": reconstruction.mean(0), "prior": prior_kl, "diffusion": integral, "stderr": stderr}
 
     values, nfe = task.run(evaluate, condition, batch_size)
+    return _elbo(values, nfe, grid, {"steps": len(grid) - 1 if discrete else None} | task.settings, kernels)
+
+
+def consistency_elbo(
+    model: ScoreModel,
+    x: State,
+    *,
+    steps: int | None = None,
+    times: Tensor | Sequence[float] | None = None,
+    t_min: float | None = None,
+    variance: str | ReverseVariance = "posterior",
+    samples: int = 16,
+    prior: Prior | None = None,
+    scale: float | None = None,
+    seed: int | None = None,
+    noise: Noise | None = None,
+    condition: Any = None,
+    batch_size: int | None = None,
+) -> ELBO:
+    """`elbo` of a discrete chain in its consistency form: the same number in expectation, with a higher variance.
+
+    Args:
+        model, x, steps, times, t_min, variance, prior, scale, seed, noise, condition, batch_size: as in `elbo`.
+        samples: pairs of paths of opposite noise from x to the noise end, for each row.
+
+    Returns:
+        The parts of the consistency form: `terms[i]` is the divergence of the states at `times[i + 1]`, given the
+        states before and after.
+
+    Raises:
+        OptionError, ShapeError, TimeError, CapabilityError, DivergenceError: as `elbo`.
+    """
+    if steps is None and times is None:
+        raise OptionError("The consistency form is that of a discrete chain: give steps=... or times=....")
+    kernels = variance_of(variance, "consistency_elbo")
+    scale = _scale(model, scale)
+    grid = _grid(model, steps, times, t_min, scale)
+    task = _Task.of(model, x, grid, samples, prior, scale, seed, noise, even=False, ends=True)
+    chain = ReverseSteps.to_data(model.point(grid))
+
+    def evaluate(part: _Rows) -> dict[str, Tensor]:
+        return _sums(*part.along_paths(chain, kernels))
+
+    values, nfe = task.run(evaluate, condition, batch_size)
+    return _elbo(values, nfe, grid, {"steps": len(grid) - 1} | task.settings, kernels)
+
+
+def _sums(reconstruction: Values, prior: Values, terms: Tensor) -> dict[str, Tensor]:
+    """The parts of a discrete bound from its samples, `(samples, batch)` and `(samples, steps, batch)`."""
+    totals = reconstruction - prior - terms.sum(1)
+    variance = totals.var(0) / len(totals) if len(totals) > 1 else torch.nan * totals[0]
+    return {
+        "reconstruction": reconstruction.mean(0),
+        "prior": prior.mean(0),
+        "diffusion": terms.sum(1).mean(0),
+        "terms": terms.mean(0),
+        "stderr": variance.sqrt(),
+    }
+
+
+def _elbo(values: dict[str, Tensor], nfe: int, grid: Grid, settings: dict[str, Any], kernels: ReverseVariance) -> ELBO:
     total = values["reconstruction"] - values["prior"] - values["diffusion"]
-    settings = {"steps": len(grid) - 1 if discrete else None} | task.settings
+    named = [name for name, variance in VARIANCES.items() if variance == kernels]
+    settings = settings | {"variance": named[0] if named else type(kernels).__name__}
     return ELBO(**values, total=total, nfe=nfe, times=grid, settings=settings)
 
 
@@ -474,18 +561,7 @@ class _Rows:
 
     def errors(self, times: Tensor) -> Values:
         """E at times `(points,)` or `(points, batch)`, each with fresh noise in both signs, float64."""
-        values = torch.stack([self._error(t.expand(len(self.x))) for t in times])
-        wrong = (~values.isfinite()).nonzero()
-        if len(wrong):
-            k = int(wrong[0, 0])
-            raise DivergenceError(
-                "The error of the model is NaN or infinite",
-                "Check the network's output and x there.",
-                step=None,
-                time=times[k].reshape(-1)[0].item() if times.ndim == 1 else times[k, wrong[0, 1]].item(),
-                rows=wrong[wrong[:, 0] == k, 1].tolist(),
-            )
-        return values
+        return _finite(torch.stack([self._error(t.expand(len(self.x))) for t in times]), times)
 
     def _error(self, t: Tensor) -> PerRow:
         """E for one draw of noise, in both signs: the integrand in u; for states at t_min, that of `sde_bound`."""
@@ -509,6 +585,104 @@ class _Rows:
                 value = value - rise * (square + seen.sqrt() * _summed(error * noise))
         return value
 
+    # Discrete chains; samples are `(samples, batch)` of the reconstruction, `(samples, steps, batch)` of the terms.
+
+    def decoded(self, t: Tensor, variance: Tensor) -> Values:
+        """Samples of `log N(x; xhat(z), variance)` at t; where the variance is 0, it is sigma^2 / alpha^2."""
+        c = self.task.scale
+        clock = _clock(self.task.sde, t, c)
+        flat = c**2 / torch.expm1(clock)  # s^2, and errors are s^2 (1 - exp(-clock)) E
+        variance = variance if variance > 0 else flat
+        levels = flat / variance * -torch.expm1(-clock) / 2 * self.errors(t.expand(self.task.samples))
+        return -levels - self.size / 2 * (_LOG_2PI + variance.log())
+
+    def by_step(self, chain: ReverseSteps, kernels: StepVariance) -> tuple[Values, Tensor]:
+        """For one variance a step: multiples of the errors that `elbo` in continuous time is made of."""
+        variances, grid = kernels.table(chain), chain.at.t[:-1]
+        reconstruction = self.decoded(grid[-1], variances[-1])
+        ratio = (chain.nu[:-1] ** 2 / variances[:-1])[:, None]
+        weights = ratio * torch.expm1(_clock(self.task.sde, grid, self.task.scale).diff())[:, None] / 2
+        spread = self.size / 2 * (ratio - 1 - ratio.log())
+        errors = torch.stack([self.errors(grid[:-1]) for _ in range(self.task.samples)])
+        return reconstruction, weights * errors + spread
+
+    def by_entry(self, chain: ReverseSteps, kernels: EntryVariance) -> tuple[Values, Tensor]:
+        """For a variance of every entry."""
+        model, variance = kernels.along(self.model, chain)
+        times = chain.at.t[:-1]
+        last, inner = len(times) - 1, range(len(times) - 1)
+
+        def costs(i: int) -> PerRow:
+            return self._cost(chain, model, variance, i)
+
+        reconstruction = -torch.stack([costs(last) for _ in range(self.task.samples)])
+        terms = torch.stack([torch.stack([costs(i) for i in inner]) for _ in range(self.task.samples)])
+        for values in terms:
+            _finite(values, times[:-1])
+        return _finite(reconstruction, times[-1].expand(len(reconstruction))), terms
+
+    def _cost(self, chain: ReverseSteps, model: ScoreModel, variance: Callable[[int, State], State], i: int) -> PerRow:
+        """The divergence of step i, or minus the log-likelihood of the data, for one draw of noise in both signs."""
+        t, alpha, sigma, nu, gain = (v[i] for v in (chain.at.t, chain.at.alpha, chain.at.sigma, chain.nu, chain.gain))
+        positive = self.stream.normal(self.x)
+        # what normal data of the scale would vary by has mean 0 and is taken off
+        uncertain = (self.task.scale * sigma) ** 2 / ((self.task.scale * alpha) ** 2 + sigma**2)
+        seen = (gain * uncertain * alpha / sigma) ** 2 / (2 * (nu**2 + gain**2 * uncertain))
+        value = -seen * (_summed(positive**2) - self.size)
+        for noise in (positive, -positive):
+            z = over(alpha, self.x) * self.x + over(sigma, self.x) * noise
+            error = wide(self.x - model.combine(t, z, torch.ones_like(t), torch.zeros_like(t)))
+            spread = wide(variance(i, z))
+            value = value + _summed((nu**2 + gain**2 * error**2) / spread + spread.log()) / 4
+        return value + self.size / 2 * (_LOG_2PI if i == len(chain.nu) - 1 else -1 - 2 * nu.log())
+
+    def along_paths(self, chain: ReverseSteps, kernels: ReverseVariance) -> tuple[Values, Values, Tensor]:
+        """Samples of reconstruction, prior and terms in the consistency form."""
+        if isinstance(kernels, EntryVariance):
+            model, variance = kernels.along(self.model, chain)
+        else:
+            at = chain.at[:-1]
+            table = kernels.table(chain)
+            table[-1:] = torch.where(table[-1:] > 0, table[-1:], (at.sigma[-1:] / at.alpha[-1:]) ** 2)
+            model, variance = self.model, lambda i, z: over(table[i], z).expand(z.shape)
+        samples = []
+        for _ in range(self.task.samples):
+            draws = [self.stream.normal(self.x) for _ in chain.nu]
+            signs = [self._path(chain, model, variance, [sign * draw for draw in draws]) for sign in (1, -1)]
+            samples.append(torch.stack(signs).mean(0))
+        values = torch.stack(samples)
+        for sample in values:
+            _finite(sample[:-1], chain.at.t[:-1])
+        return -values[:, -2], values[:, -1], values[:, :-2]
+
+    def _path(
+        self,
+        chain: ReverseSteps,
+        model: ScoreModel,
+        variance: Callable[[int, State], State],
+        draws: list[State],
+    ) -> Values:
+        """Along one path: the divergences, minus the log-likelihood of the data, and the prior's, `(n + 2, batch)`."""
+        at, x = chain.at, self.x
+        scale, std = at.alpha[:-1] / at.alpha[1:], at.sigma[:-1] * chain.fresh.sqrt()
+        later, path = [x], x
+        for i in reversed(range(len(draws))):
+            path = over(scale[i], x) * path + over(std[i], x) * draws[i]
+            later.append(path)
+        states = later[::-1]  # at the times of the chain, and x
+        costs = []
+        for i in range(len(draws)):
+            mean = model.combine(at.t[i], states[i], at.alpha[i + 1], chain.kept[i])
+            spread = wide(variance(i, states[i]))
+            if i == len(draws) - 1:
+                error, own, constant = wide(x - mean), torch.zeros_like(std[i]), _LOG_2PI
+            else:
+                error = wide(over(scale[i + 1], x) * states[i + 2] - mean)
+                own, constant = std[i + 1] ** 2, -1 - 2 * std[i + 1].log()
+            costs.append(_summed((own + error**2) / spread + spread.log()) / 2 + self.size / 2 * constant)
+        costs.append(kl_to_prior(self._prior, scale[0] * states[1].double().cpu(), std[0].item()))
+        return torch.stack(costs)
+
     def prior_mean(self) -> PerRow:
         """`E log prior(z)` for the kernel at the noise end."""
         scale, std = self._kernel()
@@ -529,6 +703,21 @@ class _Rows:
         alpha, sigma = (value.item() for value in self.task.sde.scales_at(self.task.ends[0]))
         alpha_0, sigma_0 = self.task.start
         return alpha / alpha_0, math.sqrt(sigma**2 - (alpha * sigma_0 / alpha_0) ** 2)
+
+
+def _finite(values: Values, times: Tensor) -> Values:
+    """The values at times `(points,)` or `(points, batch)`, if they are finite."""
+    wrong = (~values.isfinite()).nonzero()
+    if len(wrong):
+        k = int(wrong[0, 0])
+        raise DivergenceError(
+            "The error of the model is NaN or infinite",
+            "Check the network's output and x there.",
+            step=None,
+            time=times[k].item() if times.ndim == 1 else times[k, wrong[0, 1]].item(),
+            rows=wrong[wrong[:, 0] == k, 1].tolist(),
+        )
+    return values
 
 
 def _summed(x: State) -> PerRow:
