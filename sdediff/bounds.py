@@ -18,12 +18,14 @@ levels where nothing is seen of the data as where all is decided. Any c is right
 Here the reverse kernels have the variance of the posterior. Any other (`sdediff.variance`) has its KL divergences, and
 its decoder, instead of s^2, the V of the step to the data. In the limit of small steps the variance is no choice.
 
-`consistency_elbo`: the same bound, with z_i at times t_0 = t_max > ... > t_n = t_min and z_(n+1) = x, in the order in
-which the chain is noised,
+`consistency_elbo`: the same bound, with z_i at times t_0 = t_max > ... > t_n = t_min and z_(n+1) = x, as the mean over
+paths `q(z_0 ... z_n | x)` of what each state z_1 ... z_n is said to be by the next and by the one before,
 
-    log p(x) >= E log p(x | z_n) - E KL(q(z_0 | z_1) || prior) - sum_(i=1)^n E KL(q(z_i | z_(i+1)) || p(z_i | z_(i-1))).
+    log p(x) >= E log p(x | z_n) - E KL(q(z_0 | z_1) || prior) - sum E log [q(z_i | z_(i+1)) / p(z_i | z_(i-1))].
 
-It takes the mean over two states of the path for each step, of which one is noise that `elbo` has integrated.
+Often the last terms are printed as `E KL(q(z_i | z_(i+1)) || p(z_i | z_(i-1)))`. That draws z_i anew, apart from the
+z_(i-1) that was made of it: a looser bound. With `q(z_i | z_(i+1)) = q(z_i, z_(i-1) | z_(i+1)) / q(z_(i-1) | z_i)` and
+Bayes' rule the sum is that of the denoising form, where each term is integrated over z_i given z_(i-1) and x.
 
 `denoising_log_prob`: the same integral as an identity. For the exact denoiser, `E|x - xhat|^2 = mmse(x, g)` and
 
@@ -250,8 +252,8 @@ def consistency_elbo(
         samples: pairs of paths of opposite noise from x to the noise end, for each row.
 
     Returns:
-        The parts of the consistency form: `terms[i]` is the divergence of the states at `times[i + 1]`, given the
-        states before and after.
+        The parts of the consistency form: `terms[i]` is `E log [q(z | after) / p(z | before)]` of the state z at
+        `times[i + 1]`, given the state after it, from which it was made, and the one before it.
 
     Raises:
         OptionError, ShapeError, TimeError, CapabilityError, DivergenceError: as `elbo`.
@@ -649,7 +651,7 @@ class _Rows:
         for _ in range(self.task.samples):
             draws = [self.stream.normal(self.x) for _ in chain.nu]
             signs = [self._path(chain, model, variance, [sign * draw for draw in draws]) for sign in (1, -1)]
-            samples.append(torch.stack(signs).mean(0))
+            samples.append((signs[0] + signs[1]) / 2)
         values = torch.stack(samples)
         for sample in values:
             _finite(sample[:-1], chain.at.t[:-1])
@@ -674,12 +676,11 @@ class _Rows:
         for i in range(len(draws)):
             mean = model.combine(at.t[i], states[i], at.alpha[i + 1], chain.kept[i])
             spread = wide(variance(i, states[i]))
+            cost = _summed(wide(states[i + 1] - mean) ** 2 / spread + spread.log()) / 2  # -log p, without 2 pi
             if i == len(draws) - 1:
-                error, own, constant = wide(x - mean), torch.zeros_like(std[i]), _LOG_2PI
+                costs.append(cost + self.size / 2 * _LOG_2PI)
             else:
-                error = wide(over(scale[i + 1], x) * states[i + 2] - mean)
-                own, constant = std[i + 1] ** 2, -1 - 2 * std[i + 1].log()
-            costs.append(_summed((own + error**2) / spread + spread.log()) / 2 + self.size / 2 * constant)
+                costs.append(cost - _summed(draws[i + 1] ** 2) / 2 - self.size * std[i + 1].log())
         costs.append(kl_to_prior(self._prior, scale[0] * states[1].double().cpu(), std[0].item()))
         return torch.stack(costs)
 
