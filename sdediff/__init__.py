@@ -48,6 +48,8 @@ from sdediff.errors import TimeError as TimeError
 from sdediff.exponential import Exponential as Exponential
 from sdediff.exponential import ExponentialRungeKutta as ExponentialRungeKutta
 from sdediff.exponential import UniPC as UniPC
+from sdediff.iddpm import LearnedVariance as LearnedVariance
+from sdediff.iddpm import TwoHeads as TwoHeads
 from sdediff.langevin import AnnealedLangevin as AnnealedLangevin
 from sdediff.langevin import Corrector as Corrector
 from sdediff.langevin import Langevin as Langevin

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from sdediff.errors import OptionError, ShapeError
+from sdediff.iddpm import hybrid as hybrid
 from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
 from sdediff.shapes import PerRow, State, as_float64, as_time, check_state, over, sum_rows
