@@ -351,7 +351,7 @@ def test_the_learned_variance_of_gaussian_data_is_the_best_one():
         head,
         lambda x, condition: hybrid(model, x, times=times, lam=1.0),
         target.sample(4096, seed=0),
-        steps=300,
+        steps=500,
         batch_size=512,
         lr=2e-2,
         seed=0,
