@@ -10,6 +10,7 @@ from sdediff import grids as grids
 from sdediff import losses as losses
 from sdediff import metrics as metrics
 from sdediff import networks as networks
+from sdediff import signals as signals
 from sdediff import testing as testing
 from sdediff.adapters import TorchDiffEq as TorchDiffEq
 from sdediff.adapters import TorchSDE as TorchSDE
@@ -26,6 +27,8 @@ from sdediff.bounds import elbo as elbo
 from sdediff.bounds import sde_bound as sde_bound
 from sdediff.calibration import Calibration as Calibration
 from sdediff.calibration import calibrate as calibrate
+from sdediff.covariance import covariance_error as covariance_error
+from sdediff.covariance import recolor as recolor
 from sdediff.denoised import clamp_denoised as clamp_denoised
 from sdediff.denoised import dynamic_threshold as dynamic_threshold
 from sdediff.denoised import map_denoised as map_denoised

@@ -2,7 +2,7 @@ r"""Figures of processes and samples, from the tensors that the library returns.
 
 Every function returns a `matplotlib.figure.Figure` and touches no global state: save it with `figure.savefig(path)`,
 or let a notebook show it (after `%matplotlib inline`). `forward_process` and `trajectories` look at the event shape:
-images become strips, points in the plane become panels, numbers become paths over time. Needs the extra `plot`.
+images become strips, signals curves, points in the plane panels, numbers paths over time. Needs the extra `plot`.
 
 The colours are those of Okabe and Ito, which stay apart for colour-blind readers.
 """
@@ -41,7 +41,7 @@ def forward_process(
 
     Args:
         sde: the process.
-        x0: data `(batch, *event)`: images, points in the plane, or numbers.
+        x0: data `(batch, *event)`: images, signals, points in the plane, or numbers.
         times: increasing times from 0; even ones if None (8, or 200 for paths of numbers).
         seed: of the path.
         options: as in `trajectories`.
@@ -65,18 +65,20 @@ def trajectories(
     title: str | None = None,
     interval: tuple[float, float] = (-1.0, 1.0),
 ) -> Figure:
-    """States along a solve: strips of images, panels of points in the plane, or paths of numbers over time.
+    """States along a solve: strips of images, panels of signals or of points in the plane, or paths of numbers.
+
+    Events `(length,)` and `(1, length)` of more than two entries are signals.
 
     Args:
         solution: of `sample(..., trajectory=True)`, or states `(times, batch, *event)`.
         times: the times of a tensor of states; those of a solution are known.
         columns: number of times shown, spread evenly over the grid (all of them for paths).
-        rows: number of images shown (all rows for points and paths).
+        rows: number of images or signals shown (all rows for points and paths).
         interval: the values that images in one channel show as white and as black (ink on paper); in three channels,
             as no and full colour.
 
     Raises:
-        ShapeError: the solution holds no trajectory, or events are neither images, pairs nor numbers.
+        ShapeError: the solution holds no trajectory, or events are neither images, signals, pairs nor numbers.
     """
     states, clock = _states(solution, times)
     size, event = _size(states[0]), states.shape[2:]
@@ -84,9 +86,13 @@ def trajectories(
         return _paths(states.flatten(1), clock, title)
     if size == 2:
         return _panels(states.flatten(2), clock, columns, title)
+    if _is_signal(event):
+        frames, chosen = _frames(states, clock, min(columns, 6))
+        panels = {f"t = {_short(time)}": frame for frame, time in zip(frames, chosen.tolist(), strict=True)}
+        return signals(panels, rows=rows, title=title)
     if len(event) not in (2, 3):
         raise ShapeError(
-            f"Only images, points in the plane and numbers can be drawn; events have shape {tuple(event)}."
+            f"Only images, signals, points in the plane and numbers can be drawn; events have shape {tuple(event)}."
         )
     return image_frames({title or "States over time": (states, clock)}, columns=columns, rows=rows, interval=interval)
 
@@ -158,6 +164,55 @@ def image_rows(
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
     if title:
         figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def signals(sets: Mapping[str, State] | State, *, rows: int = 6, title: str | None = None) -> Figure:
+    """The first `rows` signals `(batch, length)` of one set, or of several by name, as curves in panels."""
+    named = sets if isinstance(sets, Mapping) else {title or "Signals": sets}
+    shown = {name: _rows_of_signals(x[:rows]) for name, x in named.items()}
+    figure = _figure(1.9 * len(shown) + 0.4, 2.6 if title and isinstance(sets, Mapping) else 2.3)
+    axes = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    for ax, (name, curves) in zip(axes, shown.items(), strict=True):
+        for i, curve in enumerate(curves):
+            _plain(ax).plot(curve.numpy(), color=COLOURS[i % len(COLOURS)], linewidth=1.0)
+        ax.set(title=name, xlabel="entry", xlim=(0, curves.shape[1] - 1))
+    axes[0].set_ylabel("value")
+    if title and isinstance(sets, Mapping):
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def covariances(matrices: Mapping[str, Tensor], *, title: str | None = None) -> Figure:
+    """Covariances `(D, D)` by name as heat maps of one colour scale, in which zero is white."""
+    drawn = _square(matrices)
+    largest = max(matrix.abs().max().item() for matrix in drawn.values())
+    figure = _figure(2.0 * len(drawn) + 0.8, 2.7 if title else 2.4)
+    axes = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for ax, (name, matrix) in zip(axes, drawn.items(), strict=True):
+        image = ax.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
+        ax.set(title=name, xlabel="entry")
+    axes[0].set_ylabel("entry")
+    figure.colorbar(image, ax=list(axes), label="covariance", shrink=0.8)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def spectra(matrices: Mapping[str, Tensor], *, smallest: float = 1e-6, title: str = "Eigenvalues") -> Figure:
+    """Eigenvalues of covariances `(D, D)` by name, falling, on a logarithmic scale from `smallest` up."""
+    figure = _figure(5.4, 3.4)
+    ax = _plain(figure.subplots())
+    for i, (name, matrix) in enumerate(_square(matrices).items()):
+        values = torch.linalg.eigvalsh(matrix).flip(0)
+        values = torch.where(values >= smallest, values, torch.nan)
+        ax.plot(
+            range(1, len(values) + 1), values.numpy(), color=COLOURS[i % len(COLOURS)],
+            marker=_MARKERS[i % len(_MARKERS)], markersize=3, linewidth=1.0, label=name,
+        )  # fmt: skip
+    ax.set_yscale("log")
+    ax.set(xlabel="number", ylabel="eigenvalue of the covariance", title=title)
+    ax.legend(frameon=False, fontsize=8.5)
     return figure
 
 
@@ -295,6 +350,23 @@ def _size(x: State) -> int:
     return math.prod(x.shape[1:])
 
 
+def _square(matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for name, matrix in matrices.items():
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ShapeError(f"Covariances are square matrices (D, D); {name!r} has shape {tuple(matrix.shape)}.")
+    return {name: matrix.detach().cpu().double() for name, matrix in matrices.items()}
+
+
+def _is_signal(event: Sequence[int]) -> bool:
+    return len(event) == 1 or (len(event) == 2 and event[0] == 1)
+
+
+def _rows_of_signals(x: State) -> Tensor:
+    if not _is_signal(x.shape[1:]):
+        raise ShapeError(f"Signals have shape (batch, length) or (batch, 1, length); got {tuple(x.shape)}.")
+    return x.detach().cpu().flatten(1)
+
+
 def _rows_of(x: State, columns: int) -> Tensor:
     return x.reshape(-1, columns, *x.shape[1:])
 
@@ -309,7 +381,7 @@ def _states(solution: Solution | Trajectory, times: Tensor | Sequence[float] | N
     if isinstance(solution, Solution):
         if solution.trajectory is None:
             raise ShapeError("This solution holds no trajectory: call sample(..., trajectory=True).")
-        times = solution.times if times is None else times
+        times = solution.kept if times is None else times
         solution = solution.trajectory
     clock = torch.arange(len(solution)).double() if times is None else torch.as_tensor(times, dtype=torch.float64)
     if clock.shape != solution.shape[:1]:

@@ -256,6 +256,51 @@ def test_first_order_is_ddim(sde, kind, data):
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8 * (1 + b.abs().max().item()))
 
 
+@given(linear_sdes(), st.floats(0, 1.7), st.data())
+def test_one_step_of_a_constant_value_is_the_closed_form(sde, level, data):
+    """`sigma_s / sigma_t exp(-l^2 h) x + alpha_s (1 - exp(-(1 + l^2) h)) xhat + sigma_s sqrt(1 - exp(-2 l^2 h)) z`, and
+    the step of constant noise."""
+    times = data.draw(time_grids(sde, max_steps=4))[:2]
+    (alpha, alpha_s), (sigma, sigma_s) = sde.scales_at(times)
+    h = torch.log(alpha_s / sigma_s) - torch.log(alpha / sigma)
+    model, x = MIXTURE.model(sde), MIXTURE.marginal(sde, times[0]).sample(3, seed=0)
+    denoised, noise = model.denoised(times[0], x), model.noise(times[0], x)
+
+    def step(level, kind):
+        solver = sd.Exponential(1, noise_level=level, predict=kind, corrector=False)
+        (out,) = solver.solve(solver.process(model), x, times, sd.RowNoise(1).open())
+        return out
+
+    z = sd.RowNoise(1).open().normal(x)
+    expected = sigma_s / sigma * (-(level**2) * h).exp() * x - alpha_s * torch.expm1(-(1 + level**2) * h) * denoised
+    expected = expected + sigma_s * (-torch.expm1(-2 * level**2 * h)).sqrt() * z
+    torch.testing.assert_close(step(level, "data"), expected, rtol=1e-7, atol=1e-8 * (1 + expected.abs().max().item()))
+    terms = alpha_s / alpha * x, sigma_s * torch.expm1(h) * noise
+    scale = terms[0].abs().max().item() + terms[1].abs().max().item()
+    torch.testing.assert_close(step(0.0, "noise"), terms[0] - terms[1], rtol=0, atol=1e-8 * scale)
+
+
+@given(linear_sdes(), st.data())
+def test_second_order_on_data_is_dpm_solver_plus_plus_2m(sde, data):
+    """The integral of the line through two values; the authors' short cut has `(1 - exp(-h)) / 2` for
+    `(h - 1 + exp(-h)) / h`, the same to first order in h."""
+    times = data.draw(time_grids(sde, max_steps=12).filter(lambda grid: len(grid) > 3))
+    model, x = MIXTURE.model(sde), MIXTURE.marginal(sde, times[0]).sample(3, seed=0)
+    solver = sd.Exponential(2, predict="data", corrector=False)
+    states = [x, *solver.solve(solver.process(model), x, times, None)]
+    alpha, sigma = sde.scales_at(times)
+    h = (alpha / sigma).log().diff()
+    for i in range(2, len(times) - 1):  # step 0 is of first order, and corrected by step 1
+        if h[i] > 4:
+            continue  # the solver's quadrature has 40 points, which is not rounding there
+        before, now = (model.denoised(times[k], states[k]) for k in (i - 1, i))
+        slope = (now - before) / h[i - 1]
+        expected = sigma[i + 1] / sigma[i] * states[i] - alpha[i + 1] * torch.expm1(-h[i]) * now
+        expected = expected + alpha[i + 1] * (h[i] - 1 + (-h[i]).exp()) * slope
+        size = 1 + states[i].abs().max().item() + slope.abs().max().item()
+        torch.testing.assert_close(states[i + 1], expected, rtol=1e-7, atol=1e-8 * size)
+
+
 def scheduled(make, n=200, sub=14):
     """A scheduler of diffusers, our process and model for it, and its grid."""
     kind = make(n, 1e-4, 0.05, "linear")

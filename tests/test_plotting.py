@@ -68,8 +68,59 @@ def test_trajectories_refuse_what_has_none():
         plotting.trajectories(sd.sample(model, (3, 2), steps=2, seed=0))
     with pytest.raises(sd.ShapeError, match="3 states but times of shape"):
         plotting.trajectories(torch.randn(3, 5, 2), [0.0, 1.0])
-    with pytest.raises(sd.ShapeError, match="Only images, points in the plane and numbers"):
-        plotting.trajectories(torch.randn(3, 5, 7))
+    with pytest.raises(sd.ShapeError, match=r"Only images, signals, points in the plane and numbers.*\(2, 2, 3, 4\)"):
+        plotting.trajectories(torch.randn(3, 5, 2, 2, 3, 4))
+
+
+def test_a_trajectory_of_every_second_step_has_the_times_that_were_kept():
+    model = sd.exact.Gaussian(torch.zeros(2), torch.eye(2)).model(sd.VP())
+    solution = sd.sample(model, (5, 2), solver=sd.DDIM(), times=[1.0, 0.7, 0.5, 0.2, 0.1], trajectory=2)
+    assert [title for title, _, _ in labels(plotting.trajectories(solution))] == ["t = 1", "t = 0.5", "t = 0.1"]
+
+
+@pytest.mark.parametrize("event", [(50,), (1, 50), (3,)])
+def test_signals_become_curves_at_several_times(event, tmp_path):
+    x0 = torch.randn(9, *event)
+    figure = saved(plotting.forward_process(sd.VP(), x0, [0.0, 0.5, 1.0], rows=4), tmp_path)
+    assert [title for title, _, _ in labels(figure)] == ["t = 0", "t = 0.5", "t = 1"]
+    assert [len(ax.lines) for ax in figure.axes] == [4, 4, 4]
+    for line, signal in zip(figure.axes[0].lines, x0.flatten(1), strict=False):
+        assert list(line.get_xdata()) == list(range(x0[0].numel()))
+        assert torch.equal(torch.from_numpy(line.get_ydata()), signal)
+    assert figure.axes[0].get_ylim() == figure.axes[2].get_ylim()
+    assert "VP" in figure.get_suptitle()
+
+
+def test_signals_of_one_and_of_several(tmp_path):
+    one = saved(plotting.signals(torch.randn(9, 20), rows=2), tmp_path)
+    assert labels(one) == [("Signals", "entry", "value")]
+    both = plotting.signals({"data": torch.randn(9, 20), "model": torch.randn(1, 20)}, title="Two")
+    assert [(ax.get_title(), len(ax.lines)) for ax in saved(both, tmp_path).axes] == [("data", 6), ("model", 1)]
+    with pytest.raises(sd.ShapeError, match=r"Signals have shape \(batch, length\).*\(4, 8, 8\)"):
+        plotting.signals(torch.randn(4, 8, 8))
+
+
+def test_covariances_share_a_scale_in_which_zero_is_white(tmp_path):
+    small, large = torch.eye(3), torch.tensor([[1.0, -5.0], [-5.0, 2.0]])
+    figure = saved(plotting.covariances({"small": small, "large": large}, title="Both"), tmp_path)
+    images = [ax.images[0] for ax in figure.axes[:2]]
+    assert [image.get_clim() for image in images] == [(-5, 5), (-5, 5)]
+    assert images[1].get_array().tolist() == large.tolist()
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["small", "large"]
+    with pytest.raises(sd.ShapeError, match=r"'flat' has shape \(4, 3\)"):
+        plotting.covariances({"flat": torch.ones(4, 3)})
+
+
+def test_spectra_fall_and_leave_out_what_is_rounding(tmp_path):
+    matrices = {"a": torch.diag(torch.tensor([1.0, 4.0, 1e-9])), "b": 2 * torch.eye(3)}
+    (ax,) = saved(plotting.spectra(matrices), tmp_path).axes
+    assert [line.get_label() for line in ax.lines] == ["a", "b"]
+    assert list(ax.lines[0].get_xdata()) == [1, 2, 3]
+    assert list(ax.lines[0].get_ydata()[:2]) == [4, 1]
+    assert ax.lines[0].get_ydata()[2] != ax.lines[0].get_ydata()[2]
+    assert ax.get_yscale() == "log"
+    with pytest.raises(sd.ShapeError, match=r"'flat' has shape \(3,\)"):
+        plotting.spectra({"flat": torch.ones(3)})
 
 
 def test_strips_side_by_side(images, tmp_path):

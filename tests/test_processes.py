@@ -138,3 +138,10 @@ def test_derivatives_in_closed_form_are_those_of_automatic_differentiation(sde):
     torch.testing.assert_close(rates, derived_rates, rtol=1e-9, atol=0)
     with torch.inference_mode():
         assert torch.equal(torch.stack(LinearSDE.scale_rates(sde, t + 0)), derived)
+
+
+@pytest.mark.parametrize("sde", [sd.VP(), sd.CosineVP(), sd.SigmoidVP(), sd.VP().discretize(20)], ids=name)
+def test_scales_that_preserve_variance_are_sigmoids_of_the_log_snr(sde):
+    gamma = -sde.log_snr(T)
+    torch.testing.assert_close(sde.alpha(T) ** 2, torch.sigmoid(-gamma), rtol=1e-12, atol=0)
+    torch.testing.assert_close(sde.sigma(T) ** 2, torch.sigmoid(gamma), rtol=1e-12, atol=0)

@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 from helpers import NAMED, TwoFunctions, name
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.integrate import fixed_quad
 
 import sdediff as sd
 from sdediff.testing import gaussian_targets, linear_sdes
@@ -42,6 +45,56 @@ def test_the_fokker_planck_equation_holds_for_every_noise_level(sde, level):
         )
         rate = (2 * alpha * d_alpha * variance + 2 * sigma * d_sigma).item()
         assert 2 * slope * total - torch.as_tensor(diffusion).item() ** 2 == pytest.approx(rate, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("sde", [sd.VP(), sd.VE(), sd.RectifiedFlow(), TwoFunctions()], ids=name)
+def test_only_the_reverse_sde_has_the_paths_of_the_forward_process(sde):
+    """Of Gaussian data, the covariance of x_s and x_t: `alpha_{t|s} V_s` forwards, `exp(-int_s^t J) V_t` backwards."""
+    target = sd.exact.Gaussian(torch.tensor([0.7], dtype=F64), 0.3)
+    linear = sd.as_linear(sde)
+    s, t = 0.2 * linear.t_max, 0.6 * linear.t_max
+    scale, _ = linear.transition(s, t)
+    forward = (scale * target.marginal(linear, s).cov).item()
+
+    def backward(level):
+        process = sd.Reverse(target.model(linear), level)
+
+        def slope(times):
+            at, rows = torch.from_numpy(times), torch.ones(len(times), 1, dtype=F64)
+            return (process.drift(at, rows) - process.drift(at, 0 * rows))[:, 0].numpy()
+
+        return math.exp(-fixed_quad(slope, s, t, n=40)[0]) * target.marginal(linear, t).cov.item()
+
+    assert backward(1.0) == pytest.approx(forward, rel=1e-6)
+    for level in (0.0, 0.5, 1.5):
+        assert abs(backward(level) / forward - 1) > 0.05
+
+
+MIXTURE = sd.exact.GaussianMixture(
+    torch.tensor([1.0, 2.0]), torch.tensor([[-1.0, 0.3], [0.8, -0.5]], dtype=F64), torch.tensor([0.2, 0.5])
+)
+
+
+@given(linear_sdes(), st.floats(0.1, 0.9), st.floats(0, 2))
+def test_densities_that_are_not_gaussian_solve_the_fokker_planck_equation(sde, part, level):
+    """`d log p / dt = -div b - b . score +- g^2 / 2 (div score + |score|^2)`: plus for the forward process, minus for
+    a process of any noise level whose time falls. Everything by autograd of the density of a mixture."""
+    ends = sde.clock(torch.tensor([sde.t_min, sde.t_max], dtype=F64))
+    t = sde.unclock(ends[0] + part * (ends[1] - ends[0])).detach().requires_grad_()
+    density = MIXTURE.marginal(sde, t)
+    x = density.sample(3, seed=0).detach().requires_grad_()
+    log_p = density.log_prob(x)
+    rate = torch.stack([torch.autograd.grad(value, t, retain_graph=True)[0] for value in log_p])
+    (score,) = torch.autograd.grad(log_p.sum(), x, create_graph=True)
+
+    def div(field):
+        return sum(torch.autograd.grad(field[:, j].sum(), x, retain_graph=True)[0][:, j] for j in range(2))
+
+    for process, sign in ((sde, 1), (sd.Reverse(MIXTURE.model(sde), level), -1)):
+        drift, g = process.coefficients(t.detach(), x)
+        terms = -div(drift), -(drift * score).sum(1), sign * g**2 / 2 * div(score), sign * g**2 / 2 * (score**2).sum(1)
+        size = sum(term.abs() for term in terms)
+        assert ((sum(terms) - rate).abs() <= 1e-7 * size).all()
 
 
 def test_a_stationary_nonlinear_sde_is_kept_by_its_reverse():

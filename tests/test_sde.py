@@ -126,17 +126,28 @@ def test_kernels_at_the_ends_of_time():
     assert [v.item() for v in sde.transition(0.4, 0.4)] == [1, 0]
 
 
-def test_the_ddpm_posterior_is_the_published_one():
-    betas = torch.linspace(1e-3, 0.1, 40, dtype=F64)
-    sde = sd.DiscreteVP(betas)
-    abar = (1 - betas).cumprod(0)
-    i = 20  # step i -> i - 1, counted from 1
-    x0, xt = torch.tensor([[1.3]], dtype=F64), torch.tensor([[-0.4]], dtype=F64)
-    b, a, bar, prev = betas[i - 1], 1 - betas[i - 1], abar[i - 1], abar[i - 2]
-    mean, std = sde.posterior((i - 1) / 40, i / 40, x0, xt)
-    expected = a.sqrt() * (1 - prev) / (1 - bar) * xt + prev.sqrt() * b / (1 - bar) * x0
-    torch.testing.assert_close(mean, expected, rtol=1e-10, atol=0)
-    assert std.item() ** 2 == pytest.approx((b * (1 - prev) / (1 - bar)).item(), rel=1e-10)
+@given(st.lists(st.floats(1e-4, 0.9), min_size=2, max_size=40))
+def test_the_ddpm_posterior_is_the_published_one(betas):
+    """Of every step of any chain, the first one (which ends at the data, without noise) included."""
+    b = torch.tensor(betas, dtype=F64)
+    sde, n = sd.DiscreteVP(b), len(b)
+    bar = (1 - b).cumprod(0)
+    before = torch.cat([torch.ones(1, dtype=F64), bar[:-1]])
+    i = torch.arange(1, n + 1, dtype=F64)
+    x0, xt = torch.full((n, 1), 1.3, dtype=F64), torch.full((n, 1), -0.4, dtype=F64)
+    mean, std = sde.posterior((i - 1) / n, i / n, x0, xt)
+    expected = (1 - b).sqrt() * (1 - before) / (1 - bar) * xt[:, 0] + before.sqrt() * b / (1 - bar) * x0[:, 0]
+    torch.testing.assert_close(mean[:, 0], expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(std**2, b * (1 - before) / (1 - bar), rtol=1e-9, atol=1e-14)
+
+
+@given(linear_sdes(), st.lists(st.floats(0, 1), min_size=2, max_size=2, unique=True))
+def test_the_snr_is_alpha_squared_over_sigma_squared_and_falls(sde, parts):
+    s, t = sde.t_min + torch.tensor(sorted(parts), dtype=F64) * (sde.t_max - sde.t_min)
+    ratio = (sde.alpha(t) / sde.sigma(t)) ** 2
+    assert sde.log_snr(t).exp().item() == pytest.approx(ratio.item(), rel=1e-9)
+    if t - s > 1e-9 * sde.t_max:
+        assert sde.log_snr(t) < sde.log_snr(s)
 
 
 @pytest.mark.parametrize("sde", [*NAMED, FromRates(), sd.as_linear(TwoFunctions())], ids=name)

@@ -1,6 +1,16 @@
 import pytest
 import torch
-from helpers import NAMED, VARIANCE, TwoFunctions, final_moments, fitted_order, moment_error, name, scalar_target
+from helpers import (
+    NAMED,
+    VARIANCE,
+    BasisStream,
+    TwoFunctions,
+    final_moments,
+    fitted_order,
+    moment_error,
+    name,
+    scalar_target,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -131,6 +141,29 @@ def test_moments_tend_to_the_marginal(solver, sde):
     alpha, sigma = sde.alpha(low), sde.sigma(low)
     assert mean.item() == pytest.approx((alpha * 0.7).item(), rel=3e-3)
     assert variance.item() == pytest.approx((alpha**2 * VARIANCE + sigma**2).item(), rel=5e-3)
+
+
+@given(linear_sdes(), st.data())
+def test_each_variance_of_ddpm_is_exact_for_its_own_data(sde, data):
+    """ "posterior" for data at one point, "beta" for data `N(0, I)` of a variance-preserving process, however long the
+    steps (Ho et al. 2020, section 3.2)."""
+    times = data.draw(time_grids(sde, max_steps=4))
+    alpha, sigma = sde.scales_at(times)
+    cases = [("posterior", sd.ScoreModel(lambda x, t: torch.full_like(x, 0.7), sde, "data"), 0.7, sigma**2)]
+    if ((alpha**2 + sigma**2 - 1).abs() < 1e-9).all():
+        unit = sd.exact.Gaussian(torch.zeros(1, dtype=F64), 1.0)
+        cases.append(("beta", unit.model(sde), 0.0, torch.ones_like(sigma)))
+    for variance, model, mean, exact in cases:
+        solver, n = sd.DDPM(variance), len(times) - 1
+        x = torch.zeros(2 + n, 1, dtype=F64)
+        x[1] = 1
+        *_, x = solver.solve(solver.process(model), x, times, BasisStream())
+        slope = (x[1] - x[0]).item()
+        assert x[0].item() + slope * alpha[0].item() * mean == pytest.approx(
+            alpha[-1].item() * mean, rel=1e-7, abs=1e-9
+        )
+        spread = slope**2 * exact[0] + (x[2:] - x[0]).square().sum()
+        assert spread.item() == pytest.approx(exact[-1].item(), rel=1e-6, abs=1e-12)
 
 
 def test_steps_are_exact_at_pure_noise_and_at_clean_data():
