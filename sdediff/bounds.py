@@ -160,6 +160,7 @@ class DenoisingLogProb:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+@torch.no_grad()
 def elbo(
     model: ScoreModel,
     x: State,
@@ -229,6 +230,7 @@ def elbo(
     return _elbo(values, nfe, grid, {"steps": len(grid) - 1 if discrete else None} | task.settings, kernels)
 
 
+@torch.no_grad()
 def consistency_elbo(
     model: ScoreModel,
     x: State,
