@@ -6,12 +6,14 @@ linear SDE, with the samplers of the field as special cases. See the README for 
 
 from sdediff import dequantize as dequantize
 from sdediff import exact as exact
+from sdediff import gaussians as gaussians
 from sdediff import grids as grids
 from sdediff import losses as losses
 from sdediff import metrics as metrics
 from sdediff import networks as networks
 from sdediff import signals as signals
 from sdediff import testing as testing
+from sdediff import vae as vae
 from sdediff.adapters import TorchDiffEq as TorchDiffEq
 from sdediff.adapters import TorchSDE as TorchSDE
 from sdediff.adaptive import Adaptive as Adaptive
@@ -27,6 +29,7 @@ from sdediff.bounds import elbo as elbo
 from sdediff.bounds import sde_bound as sde_bound
 from sdediff.calibration import Calibration as Calibration
 from sdediff.calibration import calibrate as calibrate
+from sdediff.chains import LinearGaussian as LinearGaussian
 from sdediff.covariance import covariance_error as covariance_error
 from sdediff.covariance import recolor as recolor
 from sdediff.denoised import clamp_denoised as clamp_denoised
@@ -69,6 +72,8 @@ from sdediff.noise import Noise as Noise
 from sdediff.noise import Recorded as Recorded
 from sdediff.noise import Recorder as Recorder
 from sdediff.noise import RowNoise as RowNoise
+from sdediff.observation import CategoricalLikelihood as CategoricalLikelihood
+from sdediff.observation import GaussianLikelihood as GaussianLikelihood
 from sdediff.optimise import train as train
 from sdediff.priors import matched_prior as matched_prior
 from sdediff.processes import EDM as EDM
@@ -100,5 +105,9 @@ from sdediff.training import TrainedModel as TrainedModel
 from sdediff.training import fit as fit
 from sdediff.training import load as load
 from sdediff.training import save as save
+from sdediff.vae import VAE as VAE
+from sdediff.vae import HierarchicalVAE as HierarchicalVAE
+from sdediff.vae import ImportanceLogProb as ImportanceLogProb
+from sdediff.vae import VariationalBound as VariationalBound
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-r"""A small network for vectors: a residual perceptron with Fourier features of the time.
+r"""Small networks for vectors: residual perceptrons, one that sees the time in Fourier features, one for VAEs.
 
 Images want a U-Net: `UNet` wraps the one of diffusers (extra `diffusers`). Any callable `network(x, t)` serves as well.
 
@@ -98,6 +98,40 @@ class MLP(nn.Module):
             h = block(h, time)
         shape = (len(x), *self.event) if self.heads == 1 else (len(x), self.heads * self.event[0], *self.event[1:])
         return self.write(nn.functional.silu(h)).reshape(shape)
+
+
+class GaussianMLP(nn.Module):
+    """Residual perceptron `network(x) -> (mean, std)`, a conditional of a VAE; it starts as the standard normal.
+
+    Args:
+        inputs: shape of an event of x.
+        outputs: shape of an event of mean and std.
+        width: hidden units.
+        depth: residual blocks.
+    """
+
+    def __init__(self, inputs: Sequence[int], outputs: Sequence[int], width: int = 128, depth: int = 1) -> None:
+        super().__init__()
+        self.config = {"inputs": list(inputs), "outputs": list(outputs), "width": width, "depth": depth}
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self.read = nn.Linear(math.prod(inputs), width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(depth)
+        )
+        self.write = nn.Linear(width, 2 * math.prod(outputs))
+        nn.init.zeros_(self.write.weight)
+        nn.init.zeros_(self.write.bias)
+
+    def forward(self, x: State) -> tuple[State, State]:
+        """Mean and std, `(batch, *outputs)`."""
+        if tuple(x.shape[1:]) != self.inputs:
+            raise ShapeError(f"This GaussianMLP was made for events of shape {self.inputs}; got {tuple(x.shape[1:])}.")
+        h = self.read(x.reshape(len(x), -1))
+        for block in self.blocks:
+            h = h + block(h)
+        mean, log_std = self.write(nn.functional.silu(h)).reshape(len(x), 2, *self.outputs).unbind(1)
+        return mean, log_std.exp()
 
 
 class UNet(nn.Module):
