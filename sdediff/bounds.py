@@ -221,7 +221,7 @@ def elbo(
                 part.by_step(chain, kernels) if isinstance(kernels, StepVariance) else (part.by_entry(chain, kernels))
             )
             return _sums(reconstruction, prior_kl.expand(samples, -1), terms)
-        reconstruction = part.decoded(grid[-1], torch.zeros(()))
+        reconstruction = part.decoded(grid[-1], _variances(chain, Posterior())[-1])
         integral, variance = _integral(part.errors(part.times(part.spread())), task.span)
         stderr = (variance + reconstruction.var(0) / samples).sqrt()
         return {"reconstruction": reconstruction.mean(0), "prior": prior_kl, "diffusion": integral, "stderr": stderr}
@@ -592,17 +592,15 @@ class _Rows:
     # Discrete chains; samples are `(samples, batch)` of the reconstruction, `(samples, steps, batch)` of the terms.
 
     def decoded(self, t: Tensor, variance: Tensor) -> Values:
-        """Samples of `log N(x; xhat(z), variance)` at t; where the variance is 0, it is sigma^2 / alpha^2."""
-        c = self.task.scale
-        clock = _clock(self.task.sde, t, c)
-        flat = c**2 / torch.expm1(clock)  # s^2, and errors are s^2 (1 - exp(-clock)) E
-        variance = variance if variance > 0 else flat
-        levels = flat / variance * -torch.expm1(-clock) / 2 * self.errors(t.expand(self.task.samples))
+        """Samples of `log N(x; xhat(z), variance)` at t."""
+        alpha, sigma = self.task.sde.scales_at(t)
+        seen = -torch.expm1(-_clock(self.task.sde, t, self.task.scale))
+        levels = seen / 2 * (sigma / alpha) ** 2 / variance * self.errors(t.expand(self.task.samples))
         return -levels - self.size / 2 * (_LOG_2PI + variance.log())
 
     def by_step(self, chain: ReverseSteps, kernels: StepVariance) -> tuple[Values, Tensor]:
         """For one variance a step: multiples of the errors that `elbo` in continuous time is made of."""
-        variances, grid = kernels.table(chain), chain.at.t[:-1]
+        variances, grid = _variances(chain, kernels), chain.at.t[:-1]
         reconstruction = self.decoded(grid[-1], variances[-1])
         ratio = (chain.nu[:-1] ** 2 / variances[:-1])[:, None]
         weights = ratio * torch.expm1(_clock(self.task.sde, grid, self.task.scale).diff())[:, None] / 2
@@ -628,13 +626,13 @@ class _Rows:
     def _cost(self, chain: ReverseSteps, model: ScoreModel, variance: Callable[[int, State], State], i: int) -> PerRow:
         """The divergence of step i, or minus the log-likelihood of the data, for one draw of noise in both signs."""
         t, alpha, sigma, nu, gain = (v[i] for v in (chain.at.t, chain.at.alpha, chain.at.sigma, chain.nu, chain.gain))
-        positive = self.stream.normal(self.x)
+        draw = self.stream.normal(self.x)
         # what normal data of the scale would vary by has mean 0 and is taken off
         uncertain = (self.task.scale * sigma) ** 2 / ((self.task.scale * alpha) ** 2 + sigma**2)
         seen = (gain * uncertain * alpha / sigma) ** 2 / (2 * (nu**2 + gain**2 * uncertain))
-        value = -seen * (_summed(positive**2) - self.size)
-        for noise in (positive, -positive):
-            z = over(alpha, self.x) * self.x + over(sigma, self.x) * noise
+        value = -seen * (_summed(draw**2) - self.size)
+        for sign in (1, -1):
+            z = over(alpha, self.x) * self.x + over(sign * sigma, self.x) * draw
             error = wide(self.x - model.combine(t, z, torch.ones_like(t), torch.zeros_like(t)))
             spread = wide(variance(i, z))
             value = value + _summed((nu**2 + gain**2 * error**2) / spread + spread.log()) / 4
@@ -645,9 +643,7 @@ class _Rows:
         if isinstance(kernels, EntryVariance):
             model, variance = kernels.along(self.model, chain)
         else:
-            at = chain.at[:-1]
-            table = kernels.table(chain)
-            table[-1:] = torch.where(table[-1:] > 0, table[-1:], (at.sigma[-1:] / at.alpha[-1:]) ** 2)
+            table = _variances(chain, kernels)
             model, variance = self.model, lambda i, z: over(table[i], z).expand(z.shape)
         samples = []
         for _ in range(self.task.samples):
@@ -721,6 +717,19 @@ def _finite(values: Values, times: Tensor) -> Values:
             rows=wrong[wrong[:, 0] == k, 1].tolist(),
         )
     return values
+
+
+def _variances(chain: ReverseSteps, kernels: StepVariance) -> Tensor:
+    """V of every step; of that to the data, where the kernels have none (the posterior's is 0), sigma^2 / alpha^2."""
+    table, flat = kernels.table(chain), (chain.at.sigma[-2] / chain.at.alpha[-2]) ** 2
+    table = torch.cat([table[:-1], torch.where(table[-1:] == 0, flat, table[-1:])])
+    if not bool((table > 0).all()):
+        i = int((~(table > 0)).nonzero()[0])
+        raise OptionError(
+            f"A bound needs variances > 0; {kernels} has {table[i]:g} for the step that starts at "
+            f"t = {chain.at.t[i]:g}."
+        )
+    return table
 
 
 def _summed(x: State) -> PerRow:

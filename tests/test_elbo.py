@@ -555,8 +555,21 @@ def test_an_unknown_prediction_has_no_weights():
         steps.kl_weights("mean", torch.ones(1))
 
 
+@dataclass(frozen=True)
+class Negative(StepVariance):
+    def table(self, steps):
+        return torch.tensor([1.0, -0.25, 1.0], dtype=F64)
+
+
 @pytest.mark.parametrize("function", [sd.elbo, sd.consistency_elbo])
-def test_a_variance_that_is_not_positive_names_time_and_rows(function):
+def test_a_variance_of_a_step_that_is_not_positive_is_refused(function):
+    message = r"variances > 0; .*Negative\(\) has -0\.25 for the step that starts at t = 0\.5"
+    with pytest.raises(sd.OptionError, match=message):
+        function(mixture().model(sd.VP()), torch.zeros(3, 2, dtype=F64), times=[1.0, 0.5, 0.1], variance=Negative())
+
+
+@pytest.mark.parametrize("function", [sd.elbo, sd.consistency_elbo])
+def test_a_variance_of_entries_that_is_not_positive_names_time_and_rows(function):
     @dataclass(frozen=True)
     class Wrong(EntryVariance):
         def along(self, model, steps):

@@ -89,7 +89,8 @@ def test_at_its_ends_it_samples_and_bounds_as_the_fixed_choices(sde, output, fix
     model = with_second(exact, lambda x, t: torch.full_like(x, output))
     times = sd.grids.natural(sde, 8)[[0, 1, 3, 4, 7, 8]]
     one, other = (
-        sd.sample(m, (5, 2), solver=sd.DDPM(v), times=times, seed=0, dtype=F64) for m, v in ((exact, fixed), (model, LEARNED))
+        sd.sample(m, (5, 2), solver=sd.DDPM(v), times=times, seed=0, dtype=F64)
+        for m, v in ((exact, fixed), (model, LEARNED))
     )
     torch.testing.assert_close(other.x, one.x, rtol=1e-9, atol=1e-11)
     assert one.nfe == other.nfe == 6
