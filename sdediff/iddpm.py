@@ -140,7 +140,7 @@ def hybrid(
     model: ScoreModel,
     x0: State,
     *,
-    times: Tensor | Sequence[float] | None = None,
+    chain: Tensor | Sequence[float] | None = None,
     lam: float = 0.001,
     t: Tensor | None = None,
     noise: State | None = None,
@@ -152,7 +152,7 @@ def hybrid(
     Args:
         model: what is trained, of any prediction; its network is a `TwoHeads`.
         x0: clean data `(batch, C, *rest)`.
-        times: the chain, falling; the betas' own of a `DiscreteVP` if None, else 1000 times even in t.
+        chain: its times, falling; the betas' own of a `DiscreteVP` if None, else 1000 times even in t.
         lam: weight of L_vlb.
         t: times `(batch,)`, each one of the chain; drawn evenly from it if None.
         noise: standard normal, shaped as x0; drawn if None.
@@ -167,7 +167,7 @@ def hybrid(
     if not 0 <= lam < math.inf:
         raise OptionError(f"lam is the weight of L_vlb, a number >= 0; got {lam}.")
     sde = model.linear
-    grid = _chain(sde, times)
+    grid = _times(sde, chain)
     if t is None:
         index = torch.randint(len(grid), x0.shape[:1], generator=generator)
     else:
@@ -185,24 +185,24 @@ def hybrid(
     error = model.predict(clock, sde.perturb(clock, x0, noise), condition=condition) - target
     simple = sum_rows((over(in_output, x0) * error) ** 2)
 
-    chain = ReverseSteps.to_data(model.point(grid))
-    low, high = _log_ends(chain)
+    steps = ReverseSteps.to_data(model.point(grid))
+    low, high = _log_ends(steps)
     of_data = model.weights(clock, one, zero)[1]
     # in units of V at v = 0, which float32 can hold: (nu^2 + gain^2 error^2) / V + log V
-    own, moved = (part[index] * (-low[index] / 2).exp() for part in (chain.nu, chain.gain))
+    own, moved = (part[index] * (-low[index] / 2).exp() for part in (steps.nu, steps.gain))
     grown = (heard.second(x0) + 1) / 2 * over((high - low)[index], x0)
-    constant = torch.where(chain.nu > 0, -1.0, math.log(2 * math.pi) + low)[index]
+    constant = torch.where(steps.nu > 0, -1.0, math.log(2 * math.pi) + low)[index]
     squares = over(own**2, x0) + (over(moved * of_data, x0) * error.detach()) ** 2
     vlb = sum_rows(squares * (-grown).exp() + grown + over(constant, x0)) / 2
     return (simple + lam * len(grid) * vlb) / math.prod(x0.shape[1:])
 
 
-def _chain(sde: LinearSDE, times: Tensor | Sequence[float] | None) -> Grid:
-    if times is None:
+def _times(sde: LinearSDE, chain: Tensor | Sequence[float] | None) -> Grid:
+    if chain is None:
         return sde.times if isinstance(sde, DiscreteVP) else uniform(sde, _STEPS - 1)
-    grid = as_time(times).detach().cpu()
+    grid = as_time(chain).detach().cpu()
     check_grid(grid, direction=-1)
-    sde.check_span(grid, "times")
+    sde.check_span(grid, "chain")
     return grid
 
 
@@ -214,6 +214,6 @@ def _places(grid: Grid, t: Tensor, x0: State) -> Tensor:
     if bool((distance > SLACK * grid[0]).any()):
         raise TimeError(
             f"t = {t[distance.argmax()]:g} is not a time of the chain, in whose steps L_vlb is defined: draw t from "
-            "times, or leave it away."
+            "those, or leave it away."
         )
     return index

@@ -182,6 +182,18 @@ def test_the_standard_error_and_what_is_taken_off(variance):
     assert totals[0].total.std() != totals[1].total.std()
 
 
+def test_what_is_taken_off_is_most_of_the_variance_of_small_steps():
+    """For a variance of entries too: against a vanishing scale, with which nothing is taken off."""
+    sde, x = sd.VP(), TARGET.sample(1, seed=3).expand(300, 2)
+    times = sd.grids.log_snr(sde, 30, t_min=0.001)
+    for variance in ("posterior", ByEntry(Known())):
+        spreads = [
+            sd.elbo(TARGET.model(sde), x, times=times, samples=4, scale=scale, variance=variance, seed=0).total.var()
+            for scale in (0.6, 1e-9)
+        ]
+        assert spreads[0] < 0.2 * spreads[1]
+
+
 def test_the_decoder_of_each_variance_is_the_last_kernel_of_the_chain():
     sde, times = sd.VE(), torch.tensor([1.0, 0.5, 0.1], dtype=F64)
     chain = chain_of(sde, times)

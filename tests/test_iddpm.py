@@ -197,7 +197,7 @@ def test_the_loss_is_its_definition(sde, kind, lam, seed, data):
     model = with_second(retold(exact, kind), wavy)
     n = len(times)
     x, eps = torch.randn(2, n, 2, dtype=F64, generator=torch.Generator().manual_seed(seed))
-    loss = hybrid(model, x, times=times, lam=lam, t=times, noise=eps)
+    loss = hybrid(model, x, chain=times, lam=lam, t=times, noise=eps)
     simple = denoising(exact, x, t=times, noise=eps)
     z = sde.perturb(times, x, eps)
     told = exact.denoised(times, z)
@@ -225,7 +225,7 @@ def test_the_mean_of_l_vlb_over_the_steps_is_minus_the_elbo():
     noise = torch.randn(n, 1, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     vlb = torch.zeros((), dtype=F64)
     for sign in (1, -1):
-        rows = {"times": times, "t": times, "noise": sign * noise[:, 0]}
+        rows = {"chain": times, "t": times, "noise": sign * noise[:, 0]}
         both, simple = (hybrid(model, x.expand(n, 2), lam=lam, **rows) for lam in (1.0, 0.0))
         vlb = vlb + (both - simple).mean() / 2
     # the decoder's noise is drawn first
@@ -250,7 +250,7 @@ def loss_of(first, second, lam=0.3):
     model = sd.ScoreModel(sd.TwoHeads(Trunk(first, second)), sd.VP(), "v", time=lambda t: t)
     times = torch.tensor([1.0, 0.5, 0.2, 0.01], dtype=F64)
     x, noise = torch.randn(2, 8, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
-    value = hybrid(model, x, times=times, lam=lam, t=times.repeat(2), noise=noise).mean()
+    value = hybrid(model, x, chain=times, lam=lam, t=times.repeat(2), noise=noise).mean()
     return value, model.network.network
 
 
@@ -298,13 +298,13 @@ def test_times_are_drawn_evenly_from_the_chain():
     model = sd.ScoreModel(sd.TwoHeads(network), sd.VP(), time=lambda t: t)
     times, n = torch.tensor([1.0, 0.6, 0.3, 0.1], dtype=F64), 20_000
     generator = torch.Generator().manual_seed(0)
-    losses = [hybrid(model, torch.zeros(n, 1, dtype=F64), times=times, generator=generator)]
+    losses = [hybrid(model, torch.zeros(n, 1, dtype=F64), chain=times, generator=generator)]
     counts = (seen[0][:, None] == times).double().sum(0)
     assert counts.sum() == n
     assert ((counts - n / 4).abs() < 4 * (n * 3 / 16) ** 0.5).all()
-    losses += [hybrid(model, torch.zeros(n, 1, dtype=F64), times=times, generator=generator)]
+    losses += [hybrid(model, torch.zeros(n, 1, dtype=F64), chain=times, generator=generator)]
     assert not torch.equal(losses[0], losses[1])
-    again = hybrid(model, torch.zeros(n, 1, dtype=F64), times=times, generator=torch.Generator().manual_seed(0))
+    again = hybrid(model, torch.zeros(n, 1, dtype=F64), chain=times, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again, losses[0])
     hybrid(model, torch.zeros(3000, 1, dtype=F64))
     assert seen[-1].min() < 0.002 < 0.998 < seen[-1].max()
@@ -320,8 +320,8 @@ def test_times_are_drawn_evenly_from_the_chain():
 def test_float32_has_the_loss_of_float64(sde):
     x, noise = torch.randn(2, 9, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     model, times = with_second(mixture().model(sde), wavy), sd.grids.uniform(sde, 8)
-    wide = hybrid(model, x, times=times, lam=1.0, t=times, noise=noise)
-    single = hybrid(model, x.float(), times=times.float(), lam=1.0, t=times.float(), noise=noise.float())
+    wide = hybrid(model, x, chain=times, lam=1.0, t=times, noise=noise)
+    single = hybrid(model, x.float(), chain=times.float(), lam=1.0, t=times.float(), noise=noise.float())
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), wide, rtol=2e-3, atol=2e-3)
 
@@ -350,7 +350,7 @@ def test_the_learned_variance_of_gaussian_data_is_the_best_one():
     model = sd.ScoreModel(sd.TwoHeads(Network()), sde, "v", time=lambda t: t)
     sd.train(
         head,
-        lambda x, condition: hybrid(model, x, times=times, lam=1.0),
+        lambda x, condition: hybrid(model, x, chain=times, lam=1.0),
         target.sample(4096, seed=0),
         steps=500,
         batch_size=512,
@@ -383,7 +383,7 @@ def test_trained_for_real_it_has_the_better_bound_at_few_steps():
     model = sd.fit(
         model,
         data,
-        loss=lambda model, x, condition=None: hybrid(model, x, times=chain, lam=0.001, condition=condition),
+        loss=lambda model, x, condition=None: hybrid(model, x, chain=chain, lam=0.001, condition=condition),
         steps=600,
         batch_size=256,
         lr=4e-3,
@@ -403,6 +403,19 @@ def test_trained_for_real_it_has_the_better_bound_at_few_steps():
             assert gain.mean() > 0.05
 
 
+def test_it_is_a_loss_for_fit_and_the_model_is_kept(tmp_path):
+    torch.manual_seed(0)
+    model = sd.ScoreModel(sd.TwoHeads(MLP((2,), width=8, depth=1, heads=2)), sd.VP(), "v")
+    fitted = sd.fit(
+        model, mixture().sample(64, seed=0).float(), loss=hybrid, steps=3, batch_size=8, seed=0, progress=False
+    )
+    sd.save(fitted, tmp_path)
+    again = sd.load(tmp_path, network=sd.TwoHeads(MLP((2,), width=8, depth=1, heads=2)))
+    runs = [sd.sample(m, (3, 2), solver=sd.DDPM(LEARNED), steps=3, seed=0).x for m in (fitted, again)]
+    assert torch.equal(runs[0], runs[1])
+    assert sd.losses.hybrid is hybrid
+
+
 # Inputs
 
 
@@ -414,19 +427,19 @@ def test_trained_for_real_it_has_the_better_bound_at_few_steps():
         (ShapeError, r"one time per row, shape \(2,\); got \(3,\)", {"t": torch.ones(3)}),
         (
             TimeError,
-            r"t = 0\.7 is not a time of the chain, .*: draw t from times, or leave it away",
+            r"t = 0\.7 is not a time of the chain, .*: draw t from those, or leave it away",
             {"t": torch.tensor([0.7, 1.0])},
         ),
-        (TimeError, "strictly decreasing", {"times": [0.1, 1.0]}),
-        (TimeError, "times", {"times": [2.0, 1.0]}),
-        (TimeError, "at least two times", {"times": [1.0]}),
+        (TimeError, "strictly decreasing", {"chain": [0.1, 1.0]}),
+        (TimeError, r"chain = 2 lies outside the span \[0, 1\]", {"chain": [2.0, 1.0]}),
+        (TimeError, "at least two times", {"chain": [1.0]}),
         (ShapeError, "x0 must have a floating-point dtype", {"x0": torch.zeros(2, 2, dtype=torch.long)}),
     ],
     ids=str,
 )
 def test_bad_input_gets_a_sentence(kind, message, bad):
     model = with_second(mixture().model(sd.VP()), wavy)
-    arguments = {"x0": torch.zeros(2, 2, dtype=F64), "times": [1.0, 0.5]} | bad
+    arguments = {"x0": torch.zeros(2, 2, dtype=F64), "chain": [1.0, 0.5]} | bad
     with pytest.raises(kind, match=message):
         hybrid(model, **arguments)
 
