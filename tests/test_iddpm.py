@@ -144,6 +144,18 @@ def test_the_noise_added_has_the_variance_of_each_entry():
     torch.testing.assert_close(after, mean + ((v * log_beta + (1 - v) * log_tilde) / 2).exp() * z)
 
 
+def test_other_calls_of_the_network_are_not_heard():
+    model = with_second(mixture().model(sd.VP()), wavy)
+    listening, variance = LEARNED.along(model, ReverseSteps.of(model.point(torch.tensor([0.6, 0.3], dtype=F64))))
+    x = torch.ones(2, 2, dtype=F64)
+    listening.predict(0.6, x)
+    before = variance(0, x)
+    model.predict(0.1, -x)
+    assert torch.equal(variance(0, x), before)
+    listening.predict(0.6, -x)
+    assert not torch.equal(variance(0, x), before)
+
+
 def test_a_change_of_the_denoised_data_keeps_the_variance():
     model = with_second(mixture().model(sd.VP()), wavy)
     calm = sd.clamp_denoised(model, -100.0, 100.0)
