@@ -4,6 +4,7 @@ Diffusion models as continuous stochastic differential equations in PyTorch: sam
 linear SDE, with the samplers of the field as special cases. See the README for ten lines that show it.
 """
 
+from sdediff import decoders as decoders
 from sdediff import dequantize as dequantize
 from sdediff import exact as exact
 from sdediff import gaussians as gaussians
@@ -61,6 +62,7 @@ from sdediff.langevin import Corrector as Corrector
 from sdediff.langevin import Langevin as Langevin
 from sdediff.langevin import LangevinByNorm as LangevinByNorm
 from sdediff.langevin import PredictorCorrector as PredictorCorrector
+from sdediff.learned import LearnedVP as LearnedVP
 from sdediff.likelihood import LogProb as LogProb
 from sdediff.likelihood import log_prob as log_prob
 from sdediff.linear import LinearSDE as LinearSDE
@@ -109,5 +111,7 @@ from sdediff.vae import VAE as VAE
 from sdediff.vae import HierarchicalVAE as HierarchicalVAE
 from sdediff.vae import ImportanceLogProb as ImportanceLogProb
 from sdediff.vae import VariationalBound as VariationalBound
+from sdediff.vdm import VDM as VDM
+from sdediff.vdm import variational as variational
 
 __version__ = "0.1.0"

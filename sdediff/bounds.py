@@ -14,6 +14,8 @@ times the ratio of the denoiser's error to its mean for normal data of scale c, 
 Here the reverse kernels have the variance of the posterior. Any other (`sdediff.variance`) has its KL divergences, and
 its decoder, instead of s^2, the V of the step to the data. In the limit of small steps the variance is no choice.
 
+For discrete data a decoder takes the place of the normal density, `E log P(x | z_0)`: a bound on log P(x).
+
 `consistency_elbo`: the same bound, with z_i at times t_0 = t_max > ... > t_n = t_min and z_(n+1) = x, as the mean over
 paths `q(z_0 ... z_n | x)` of what each state z_1 ... z_n is said to be by the next and by the one before,
 
@@ -57,6 +59,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sdediff.decoders import Decoder
 from sdediff.errors import OptionError
 from sdediff.model import ScoreModel
 from sdediff.noise import Noise
@@ -72,7 +75,8 @@ class ELBO:
     """A lower bound on log p(x), in its parts: `total = reconstruction - prior - diffusion`, all `(batch,)`, nats.
 
     Attributes:
-        reconstruction: `E log N(x; xhat(z), V)` at t_min, for continuous data (its density, not a probability).
+        reconstruction: `E log N(x; xhat(z), V)` at t_min, for continuous data (its density, not a probability);
+            `E log P(x | z)` of a decoder, for discrete data.
         prior: `KL(q(z_T | x) || prior)`, in closed form (its mean over z_1 in the consistency form).
         diffusion: sum of the steps' KL divergences, or its continuous limit.
         total: the bound.
@@ -147,6 +151,7 @@ def elbo(
     samples: int = 16,
     prior: Prior | None = None,
     scale: float | None = None,
+    decoder: Decoder | None = None,
     seed: int | None = None,
     noise: Noise | None = None,
     condition: Any = None,
@@ -156,7 +161,7 @@ def elbo(
 
     Args:
         model: any model of a linear SDE.
-        x: data `(batch, *event)`.
+        x: data `(batch, *event)`; at bin centres, if there is a decoder.
         steps: number of steps, even in `log(1 + scale^2 snr)`; None, without times, for continuous time.
         times: a grid of steps instead, falling from t_max.
         t_min: where the data end is, in place of the SDE's own `t_min`.
@@ -169,6 +174,8 @@ def elbo(
             `target.marginal(sde, t_max)`; the SDE's own if None.
         scale: rough standard deviation of the data; if None, that of an "edm" model, else 1. Where it is off, the
             standard error grows, and the grid of `steps` is less even.
+        decoder: of discrete data (see `sdediff.decoders`), in place of the normal density; the total is then a bound on
+            the log-probability of the codes, not on a density.
         seed: row i depends on it and on i only, whatever the batch or chunk size.
         noise: a source of the noise in place of `RowNoise(seed)`.
         condition, batch_size: as in `sample`.
@@ -192,17 +199,19 @@ def elbo(
     def evaluate(part: Rows) -> dict[str, Tensor]:
         prior_kl = part.prior_kl()
         if discrete:
-            reconstruction, terms = (
-                by_step(part, chain, kernels) if isinstance(kernels, StepVariance) else (by_entry(part, chain, kernels))
-            )
+            if isinstance(kernels, StepVariance):
+                reconstruction, terms = by_step(part, chain, kernels, decoder)
+            else:
+                reconstruction, terms = by_entry(part, chain, kernels, decoder)
             return _sums(reconstruction, prior_kl.expand(samples, -1), terms)
-        reconstruction = part.decoded(grid[-1], variances_of(chain, Posterior())[-1])
+        reconstruction = part.reconstruction(grid[-1], variances_of(chain, Posterior())[-1], decoder)
         integral, variance = integral_of(part.errors(part.times(part.spread())), task.span)
         stderr = (variance + reconstruction.var(0) / samples).sqrt()
         return {"reconstruction": reconstruction.mean(0), "prior": prior_kl, "diffusion": integral, "stderr": stderr}
 
     values, nfe = task.run(evaluate, condition, batch_size)
-    return _elbo(values, nfe, grid, {"steps": len(grid) - 1 if discrete else None} | task.settings, kernels)
+    settings = {"steps": len(grid) - 1 if discrete else None, "decoder": decoder} | task.settings
+    return _elbo(values, nfe, grid, settings, kernels)
 
 
 @torch.no_grad()
@@ -270,6 +279,7 @@ def _elbo(values: dict[str, Tensor], nfe: int, grid: Grid, settings: dict[str, A
     return ELBO(**values, total=total, nfe=nfe, times=grid, settings=settings)
 
 
+@torch.no_grad()
 def sde_bound(
     model: ScoreModel,
     x: State,
@@ -308,6 +318,7 @@ def sde_bound(
     return SDEBound(**values, nfe=nfe, settings=task.settings)
 
 
+@torch.no_grad()
 def denoising_log_prob(
     model: ScoreModel,
     x: State,

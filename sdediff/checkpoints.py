@@ -23,13 +23,18 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from sdediff import learned as learned_module
 from sdediff import networks, processes
 from sdediff.errors import CheckpointError, OptionError
+from sdediff.learned import LearnedVP
 from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
 from sdediff.sde import SDE
 
 _FORMAT = "sdediff checkpoint 1"
+_TIMES = ("sigma", "log_snr", "timestep")
+_SDE = "sde/"
+"""Before the names of the weights of an SDE that has some."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -95,6 +100,8 @@ def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
 
 
 def _describe_sde(sde: SDE) -> dict[str, Any] | None:
+    if type(sde) is LearnedVP:
+        return None if sde.config is None else {"kind": "LearnedVP", "arguments": sde.config}
     kind = type(sde).__name__
     if getattr(processes, kind, None) is not type(sde):
         return None
@@ -103,6 +110,17 @@ def _describe_sde(sde: SDE) -> dict[str, Any] | None:
         "kind": kind,
         "arguments": {name: v.tolist() if isinstance(v, Tensor) else v for name, v in arguments.items()},
     }
+
+
+def _rebuild_sde(described: Any, path: Path) -> Any:
+    learned = isinstance(described, dict) and described.get("kind") == "LearnedVP"
+    return _rebuild(learned_module if learned else processes, "SDE", described, path, LinearSDE)
+
+
+def _named_time(model: ScoreModel) -> str | None:
+    """The name of the SDE's own function of time that the network sees, if it is one of `_TIMES`."""
+    name = getattr(model.time, "__name__", None)
+    return name if name in _TIMES and getattr(model.time, "__self__", None) is model.sde else None
 
 
 def _describe_network(network: nn.Module) -> dict[str, Any] | None:
@@ -126,7 +144,7 @@ def _rebuild(module: Any, what: str, described: Any, path: Path, base: type) -> 
 
 
 def save(model: ScoreModel, path: str | Path) -> None:
-    """Save a model whose network is an `nn.Module` to a folder.
+    """Save a model whose network is an `nn.Module` to a folder; also the weights of an SDE that has some.
 
     Raises:
         OptionError: the network has no weights to save.
@@ -137,7 +155,10 @@ def save(model: ScoreModel, path: str | Path) -> None:
             f"Only a model whose network is a torch.nn.Module can be saved; got {type(model.network).__name__}."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.network.state_dict().items()}
+    state = dict(model.network.state_dict())
+    if isinstance(model.sde, nn.Module):
+        state |= {_SDE + name: value for name, value in model.sde.state_dict().items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     weights = f"network-{hashlib.sha256(to_bytes(tensors)).hexdigest()[:12]}.safetensors"
     write_tensors(folder / weights, tensors)
     write_json(
@@ -147,8 +168,10 @@ def save(model: ScoreModel, path: str | Path) -> None:
             "weights": weights,
             "prediction": model.prediction,
             "sigma_data": model.sigma_data,
-            "own_time": model.time is not None,
+            "own_time": model.time is not None and _named_time(model) is None,
+            "time": _named_time(model),
             "sde": _describe_sde(model.sde),
+            "sde_has_weights": isinstance(model.sde, nn.Module),
             "network": _describe_network(model.network),
         },
     )
@@ -164,7 +187,7 @@ def load(path: str | Path, *, network: nn.Module | None = None, sde: SDE | None 
         path: the folder.
         network: needed when the network is not one of `sdediff.networks`; the weights are put into it.
         sde: needed when the SDE is not one of the named processes.
-        time: needed when the model had a time function of its own.
+        time: needed when the model had a time function of its own, other than the SDE's sigma, log_snr or timestep.
 
     Raises:
         CheckpointError: missing, damaged, foreign, or in need of an argument that was not given.
@@ -181,13 +204,24 @@ def load(path: str | Path, *, network: nn.Module | None = None, sde: SDE | None 
             raise CheckpointError(f"{folder} was saved with a {name} of your own: pass load(path, {name}=...).")
     if time is None and content.get("own_time"):
         raise CheckpointError(f"{folder} was saved with a time function of your own: pass load(path, time=...).")
-    process = sde if sde is not None else _rebuild(processes, "SDE", content["sde"], file, LinearSDE)
+    process = sde if sde is not None else _rebuild_sde(content["sde"], file)
     built = network if network is not None else _rebuild(networks, "network", content["network"], file, nn.Module)
     weights = content.get("weights")
     if not isinstance(weights, str) or Path(weights).name != weights:
         raise CheckpointError(f"{file} is damaged: it names no file of weights.")
-    load_weights(built, read_tensors(folder / weights), folder / weights)
+    tensors = read_tensors(folder / weights)
+    if content.get("sde_has_weights"):
+        if not isinstance(process, nn.Module):
+            raise CheckpointError(f"{folder} was saved with an SDE that has weights; got {process}, which has none.")
+        own = {name.removeprefix(_SDE): tensors.pop(name) for name in list(tensors) if name.startswith(_SDE)}
+        load_weights(process, own, folder / weights)
+    load_weights(built, tensors, folder / weights)
     built.eval()
+    named = content.get("time")
+    if time is None and named is not None:
+        time = getattr(process, named, None) if named in _TIMES else None
+        if time is None:
+            raise CheckpointError(f"{file} names {named!r} as the network's time, which {process} does not have.")
     try:
         return ScoreModel(built, process, content["prediction"], time, content["sigma_data"])
     except (KeyError, TypeError, OptionError) as error:

@@ -281,12 +281,12 @@ def _check_ends(model: ScoreModel, run: _Run, grid: Grid) -> None:
     if run.solver is not None and run.tail == "none":
         return
     (_, alpha), (sigma, _) = model.linear.scales_at(grid[[0, -1]])
-    if not float(sigma) > 0:
+    if not sigma.item() > 0:
         raise TimeError(
             f"{model.sde} has no noise at t = {grid[0]:g}, where the score of a network has no scale: begin later, "
             "with t_min=1e-5 for instance; what lies before is taken off the value."
         )
-    if model.blind_in_noise and not float(alpha) > 0:
+    if model.blind_in_noise and not alpha.item() > 0:
         raise CapabilityError(
             f"At t = {grid[-1]:g} alpha is 0, where a model that predicts {model.prediction!r} says nothing of the "
             "data: end before, with times= and prior=, or use an SDE whose t_max lies before."

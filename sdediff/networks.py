@@ -1,9 +1,10 @@
 r"""Small networks for vectors: residual perceptrons, one that sees the time in Fourier features, one for VAEs.
 
 Images want a U-Net: `UNet` wraps the one of diffusers (extra `diffusers`). Any callable `network(x, t)` serves as well.
+`FourierFeatures` shows any of them the fine detail of its input, which tells neighbouring codes of discrete data apart.
 
-References: Tancik et al. 2020 (arXiv:2006.10739), Fourier features; Peebles and Xie 2023 (arXiv:2212.09748), residual
-blocks with adaptive normalisation that start as the identity.
+References: Tancik et al. 2020 (arXiv:2006.10739), Fourier features; Kingma et al. 2021 (arXiv:2107.00630), of the
+input; Peebles and Xie 2023 (arXiv:2212.09748), residual blocks with adaptive normalisation that start as the identity.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdediff.errors import ShapeError, optional_import
+from sdediff.errors import OptionError, ShapeError, optional_import
 from sdediff.shapes import State
 
 
@@ -151,3 +152,32 @@ class UNet(nn.Module):
     def forward(self, x: State, t: Tensor, condition: Tensor | None = None) -> State:
         """Shaped as x."""
         return self.unet(x, t * self.time_scale, class_labels=condition).sample
+
+
+class FourierFeatures(nn.Module):
+    """A network that sees, beside x, `sin(pi f x)` and `cos(pi f x)` as further channels: `network(x, t)` as before.
+
+    With C channels and F frequencies the network inside is given `C (1 + 2 F)` channels (entries, for vectors), and the
+    first C channels of what it returns are the output. For codes at the centres of bins of width w, frequencies
+    `1 / w` and `2 / w` repeat after two bins and after one: for 256 levels in [-1, 1], the 2^7 and 2^8 of VDM; for 17
+    levels, 8.5 and 17.
+
+    Args:
+        network: `network(x, t)` or `network(x, t, condition)` that takes so many channels.
+        frequencies: positive, in half-cycles per unit of x.
+
+    Raises:
+        OptionError: no frequencies, or one that is not positive.
+    """
+
+    def __init__(self, network: nn.Module, frequencies: Sequence[float] = (128.0, 256.0)) -> None:
+        super().__init__()
+        if not frequencies or not all(0 < f < math.inf for f in frequencies):
+            raise OptionError(f"FourierFeatures needs positive frequencies; got {tuple(frequencies)}.")
+        self.network = network
+        self.frequencies = tuple(map(float, frequencies))
+
+    def forward(self, x: State, t: Tensor, *condition: Any) -> State:
+        """Shaped as x."""
+        waves = [wave(math.pi * f * x) for f in self.frequencies for wave in (torch.sin, torch.cos)]
+        return self.network(torch.cat([x, *waves], dim=1), t, *condition)[:, : x.shape[1]]

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sdediff.decoders import Decoder
 from sdediff.density import wide
 from sdediff.draws import RowDraws, mix
 from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
@@ -255,12 +256,22 @@ class Rows:
                 value = value - rise * (square + seen.sqrt() * summed(error * noise))
         return value
 
-    def decoded(self, t: Tensor, variance: Tensor) -> Values:
-        """Samples of `log N(x; xhat(z), variance)` at t."""
+    def reconstruction(self, t: Tensor, variance: Tensor, decoder: Decoder | None) -> Values:
+        """`log N(x; xhat(z), variance)` at t, or that of the decoder, `(samples, batch)`."""
+        count = self.task.samples
+        if decoder is not None:
+            return torch.stack([self._decoded(t, decoder) for _ in range(count)])
         alpha, sigma = self.task.sde.scales_at(t)
         seen = -torch.expm1(-clock_at(self.task.sde, t, self.task.scale))
-        levels = seen / 2 * (sigma / alpha) ** 2 / variance * self.errors(t.expand(self.task.samples))
+        levels = seen / 2 * (sigma / alpha) ** 2 / variance * self.errors(t.expand(count))
         return -levels - self.size / 2 * (LOG_2PI + variance.log())
+
+    def _decoded(self, t: Tensor, decoder: Decoder) -> PerRow:
+        alpha, sigma = self.task.sde.scales_at(t)
+        shift = over(sigma, self.x) * self.stream.normal(self.x)
+        signal = over(alpha, self.x) * self.x
+        values = [decoder.log_prob(self.model, t, self.x, signal + noise) for noise in (shift, -shift)]
+        return ((values[0] + values[1]) / 2).cpu().double()
 
     def prior_mean(self) -> PerRow:
         """`E log prior(z)` for the kernel at the noise end."""

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sdediff.decoders import Decoder
 from sdediff.density import wide
 from sdediff.errors import OptionError
 from sdediff.model import ScoreModel
@@ -42,10 +43,12 @@ def variances_of(chain: ReverseSteps, kernels: StepVariance) -> Tensor:
     return table
 
 
-def by_step(part: Rows, chain: ReverseSteps, kernels: StepVariance) -> tuple[Values, Tensor]:
+def by_step(
+    part: Rows, chain: ReverseSteps, kernels: StepVariance, decoder: Decoder | None = None
+) -> tuple[Values, Tensor]:
     """For one variance a step: multiples of the errors that `elbo` in continuous time is made of."""
     variances, grid = variances_of(chain, kernels), chain.at.t[:-1]
-    reconstruction = part.decoded(grid[-1], variances[-1])
+    reconstruction = part.reconstruction(grid[-1], variances[-1], decoder)
     ratio = (chain.nu[:-1] ** 2 / variances[:-1])[:, None]
     weights = ratio * torch.expm1(clock_at(part.task.sde, grid, part.task.scale).diff())[:, None] / 2
     spread = part.size / 2 * (ratio - 1 - ratio.log())
@@ -53,7 +56,9 @@ def by_step(part: Rows, chain: ReverseSteps, kernels: StepVariance) -> tuple[Val
     return reconstruction, weights * errors + spread
 
 
-def by_entry(part: Rows, chain: ReverseSteps, kernels: EntryVariance) -> tuple[Values, Tensor]:
+def by_entry(
+    part: Rows, chain: ReverseSteps, kernels: EntryVariance, decoder: Decoder | None = None
+) -> tuple[Values, Tensor]:
     """For a variance of every entry."""
     model, variance = kernels.along(part.model, chain)
     times = chain.at.t[:-1]
@@ -62,7 +67,10 @@ def by_entry(part: Rows, chain: ReverseSteps, kernels: EntryVariance) -> tuple[V
     def costs(i: int) -> PerRow:
         return _cost(part, chain, model, variance, i)
 
-    reconstruction = -torch.stack([costs(last) for _ in range(part.task.samples)])
+    if decoder is None:
+        reconstruction = -torch.stack([costs(last) for _ in range(part.task.samples)])
+    else:
+        reconstruction = part.reconstruction(times[-1], torch.ones(()), decoder)
     terms = torch.stack([torch.stack([costs(i) for i in inner]) for _ in range(part.task.samples)])
     for values in terms:
         finite_values(values, times[:-1])

@@ -531,6 +531,22 @@ def test_the_variance_is_told():
     assert sd.consistency_elbo(model, x, steps=2, samples=1, variance="beta").settings["variance"] == "beta"
 
 
+def test_a_decoder_takes_the_place_of_the_step_to_the_data_with_any_variance():
+    model = mixture().model(sd.VP())
+    decoder = sd.decoders.Softmax(levels=8, interval=(-2.0, 2.0))
+    x = decoder.points(torch.tensor([[0, 7], [3, 4]]), dtype=F64)
+    times = sd.grids.log_snr(sd.VP(), 3, t_min=0.05)
+    options = {"times": times, "samples": 2, "seed": 0}
+    found = [
+        sd.elbo(model, x, variance=v, decoder=decoder, **options).reconstruction
+        for v in ("posterior", "beta", ByEntry(Known()))
+    ]
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+    assert (found[0] <= 0).all()
+    assert (sd.elbo(model, x, variance="beta", **options).reconstruction - found[0]).abs().min() > 0.1
+
+
 @pytest.mark.parametrize("function", [sd.elbo, sd.consistency_elbo])
 @pytest.mark.parametrize("variance", ["beta", ByEntry(Known())], ids=name)
 def test_rows_do_not_depend_on_the_batch(function, variance):
