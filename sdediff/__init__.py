@@ -14,6 +14,7 @@ from sdediff import metrics as metrics
 from sdediff import networks as networks
 from sdediff import signals as signals
 from sdediff import testing as testing
+from sdediff import times as times
 from sdediff import vae as vae
 from sdediff.adapters import TorchDiffEq as TorchDiffEq
 from sdediff.adapters import TorchSDE as TorchSDE
@@ -42,6 +43,7 @@ from sdediff.divergence import Divergence as Divergence
 from sdediff.divergence import Exact as Exact
 from sdediff.divergence import Hutchinson as Hutchinson
 from sdediff.embedded import AdaptiveRungeKutta as AdaptiveRungeKutta
+from sdediff.energy import Energy as Energy
 from sdediff.errors import CapabilityError as CapabilityError
 from sdediff.errors import CheckFailure as CheckFailure
 from sdediff.errors import CheckpointError as CheckpointError
@@ -67,6 +69,9 @@ from sdediff.likelihood import LogProb as LogProb
 from sdediff.likelihood import log_prob as log_prob
 from sdediff.linear import LinearSDE as LinearSDE
 from sdediff.linear import as_linear as as_linear
+from sdediff.mcmc import Chain as Chain
+from sdediff.mcmc import mala as mala
+from sdediff.mcmc import ula as ula
 from sdediff.model import ScoreModel as ScoreModel
 from sdediff.noise import Antithetic as Antithetic
 from sdediff.noise import BrownianPath as BrownianPath

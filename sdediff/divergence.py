@@ -7,6 +7,7 @@ vectors their sum is exact.
 | vectors | variance of one form | of the mean of k |
 |---|---|---|
 | Gaussian | `2 |S|_F^2`, S = (J + J^T) / 2 | / k |
+| on the sphere `|e|^2 = D` | `2 D / (D + 2) (|S|_F^2 - tr(S)^2 / D)` | / k |
 | Rademacher (signs) | `2 (|S|_F^2 - sum_j S_jj^2)` | / k |
 | orthogonal | as Rademacher | (1 - k / m) / k, times m / (m - 1) |
 
@@ -161,8 +162,9 @@ class Hutchinson(Divergence):
     Args:
         probes: number of probes k >= 1. As many as an event has entries, or more, are replaced by the exact trace,
             which costs no more.
-        distribution: "rademacher" (signs; exact for diagonal Jacobians), "gaussian", or "orthogonal" (signs as well,
-            but the k of one point are rows of a Hadamard matrix, which takes off a share k / m of the variance).
+        distribution: "rademacher" (signs; exact for diagonal Jacobians), "gaussian", "sphere" (exact for multiples of
+            the identity), or "orthogonal" (signs as well, but the k of one point are rows of a Hadamard matrix, which
+            takes off a share k / m of the variance).
         mode: "reverse" or "forward".
         chunk: probes taken at a time; None for as many as suit the batch.
     """
@@ -235,7 +237,17 @@ def _gaussian(key: Words, place: Numbers, k: int, size: int) -> NDArray[np.float
     return np.stack([keyed_normals(key, place, table, size) for table in range(k)])
 
 
+def _sphere(key: Words, place: Numbers, k: int, size: int) -> NDArray[np.float64]:
+    normals = _gaussian(key, place, k, size)
+    return normals * np.sqrt(size / np.square(normals).sum(-1, keepdims=True))
+
+
 def _orthogonal(key: Words, place: Numbers, k: int, size: int) -> NDArray[np.float64]:
+    if k > _order(size):
+        raise OptionError(
+            f"Orthogonal vectors of {size} entries are rows of a matrix of {_order(size)}; got {k}: take fewer, or "
+            "distribution='rademacher'."
+        )
     place, turn = place.astype(np.uint64), np.zeros(len(place), dtype=np.int64)
     if k == 1:  # one probe at a place: places take their rows in turn, times the same signs
         turn = (place & _LOW).astype(np.int64) % _order(size)
@@ -256,6 +268,7 @@ def _order(size: int) -> int:
 _DRAWS: dict[str, Callable[[Words, Numbers, int, int], NDArray[np.float64]]] = {
     "rademacher": _rademacher,
     "gaussian": _gaussian,
+    "sphere": _sphere,
     "orthogonal": _orthogonal,
 }
 

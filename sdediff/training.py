@@ -16,6 +16,7 @@ from sdediff.losses import WEIGHTINGS, denoising
 from sdediff.model import ScoreModel
 from sdediff.optimise import Options, train
 from sdediff.shapes import PerRow, State, check_state
+from sdediff.times import Law
 
 __all__ = ["TrainedModel", "fit", "load", "save"]
 
@@ -36,6 +37,7 @@ def fit(
     data: Tensor | Dataset[Any],
     *,
     weighting: str = "simple",
+    times: Law | None = None,
     loss: Callable[..., PerRow] | None = None,
     **options: Unpack[Options],
 ) -> TrainedModel:
@@ -47,7 +49,9 @@ def fit(
         model: its network must be an `nn.Module`.
         data: a tensor `(n, *event)`, or a map-style dataset whose items are events or pairs `(event, condition)`; cast
             to the dtype of the parameters.
-        weighting: of the denoising loss, see `sdediff.losses`.
+        weighting: of the denoising loss, see `sdediff.weightings`.
+        times: the law of its times in place of the weighting's own, see `sdediff.times`. One that learns, such as
+            `LossAware`, is kept in checkpoints.
         loss: in place of the denoising loss, `loss(model, x0, condition=condition) -> (batch,)`.
         **options: those of `sdediff.optimise.train`: steps, batch_size, lr, condition, ema, clip, warmup, decay,
             optimizer, seed, device, checkpoint, checkpoint_every, progress.
@@ -62,22 +66,25 @@ def fit(
         raise OptionError(f"fit trains a network that is a torch.nn.Module; got {type(network).__name__}.")
     if weighting not in WEIGHTINGS:
         raise OptionError(f"Unknown weighting {weighting!r}: write one of {', '.join(map(repr, WEIGHTINGS))}.")
-    if loss is not None and weighting != "simple":
-        raise OptionError(f"weighting={weighting!r} belongs to the denoising loss; leave it out when you pass loss=.")
+    if loss is not None and (weighting != "simple" or times is not None):
+        given = f"times={times!r}" if weighting == "simple" else f"weighting={weighting!r}"
+        raise OptionError(f"{given} belongs to the denoising loss; leave it out when you pass loss=.")
     if isinstance(data, Tensor):
         check_state(data, "data")
 
     def objective(x0: State, condition: Any) -> PerRow:
         check_state(x0, "data")
         if loss is None:
-            return denoising(model, x0, weighting=weighting, condition=condition)
+            return denoising(model, x0, weighting=weighting, times=times, condition=condition)
         return loss(model, x0, condition=condition)
 
     identity = {
         "weighting": weighting if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
-        "prediction": model.prediction, "sigma_data": model.sigma_data, "sde": _fingerprint(model),
+        "times": _fingerprint_times(times, model), "prediction": model.prediction, "sigma_data": model.sigma_data,
+        "sde": _fingerprint(model),
     }  # fmt: skip
-    losses = train(network, objective, data, identity=identity, beside=lambda folder: save(model, folder), **options)
+    module = nn.ModuleList([network, times]) if isinstance(times, nn.Module) else network
+    losses = train(module, objective, data, identity=identity, beside=lambda folder: save(model, folder), **options)
     return TrainedModel(
         network, model.sde, model.prediction, model.time, model.sigma_data, model.condition, losses=losses
     )
@@ -86,6 +93,15 @@ def fit(
 def _fingerprint(model: ScoreModel) -> str:
     """The SDE in words and in numbers: one of the user's own may have no telling name."""
     sde = model.linear
-    times = torch.linspace(sde.t_min, sde.t_max, 9, dtype=torch.float64)
-    scales = [f"{value:.9g}" for row in sde.scales_at(times) for value in row.tolist()]
+    grid = torch.linspace(sde.t_min, sde.t_max, 9, dtype=torch.float64)
+    scales = [f"{value:.9g}" for row in sde.scales_at(grid) for value in row.tolist()]
     return f"{sde}: {sde.t_min:g} to {sde.t_max:g}, scales {' '.join(scales)}"
+
+
+def _fingerprint_times(law: Law | None, model: ScoreModel) -> str:
+    """The law in words, and some of its times, as its words may leave out a grid."""
+    if law is None:
+        return "the weighting's"
+    base: Law = getattr(law, "base", law)  # what a law has learnt belongs to the run, not to its settings
+    some = base.time(model.linear, torch.linspace(0.05, 0.95, 9, dtype=torch.float64)).tolist()
+    return f"{law}: {' '.join(f'{t:.9g}' for t in some)}"

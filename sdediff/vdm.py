@@ -38,10 +38,11 @@ from sdediff.decoders import Decoder
 from sdediff.errors import OptionError, TimeError
 from sdediff.learned import LearnedVP
 from sdediff.linear import LinearSDE, as_linear
-from sdediff.losses import denoising, low_discrepancy
+from sdediff.losses import denoising
 from sdediff.model import ScoreModel
 from sdediff.sde import SDE, SLACK
 from sdediff.shapes import PerRow, State, as_time, check_state, over, per_row, sum_rows
+from sdediff.times import low_discrepancy
 
 
 @dataclass(frozen=True, eq=False)

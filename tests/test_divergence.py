@@ -13,7 +13,16 @@ from sdediff.divergence import Exact, Expansion, Hutchinson, divergence_for, vec
 from sdediff.errors import CapabilityError, OptionError
 
 F64 = torch.float64
-DISTRIBUTIONS = ["rademacher", "gaussian", "orthogonal"]
+DISTRIBUTIONS = ["rademacher", "gaussian", "sphere", "orthogonal"]
+
+
+def variance_of(distribution, matrix):
+    """Of one form `e^T M e`."""
+    S, size = (matrix + matrix.T) / 2, len(matrix)
+    squares = S.square().sum()
+    if distribution == "sphere":
+        return 2 * size / (size + 2) * (squares - S.trace() ** 2 / size)
+    return 2 * squares - (2 * S.diagonal().square().sum() if distribution != "gaussian" else 0)
 
 
 def drawn(distribution, seed, rows, places, k, size):
@@ -120,8 +129,7 @@ MATRICES = {"symmetric": normal(6, 6, seed=3) + normal(6, 6, seed=3).T, "not sym
 @pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES)
 def test_forms_are_unbiased_with_the_variance_that_the_table_states(distribution, matrix):
     """20,000 rows; both bounds are 4.5 standard errors."""
-    S = (matrix + matrix.T) / 2
-    variance = 2 * S.square().sum() - (2 * S.diagonal().square().sum() if distribution != "gaussian" else 0)
+    variance = variance_of(distribution, matrix)
     forms = drawn_forms(matrix, distribution, 20_000)[0]
     assert abs(forms.mean() - matrix.trace()) < 4.5 * (variance / 20_000) ** 0.5
     kurtosis = ((forms - forms.mean()) ** 4).mean() / forms.var() ** 2
@@ -133,8 +141,7 @@ def test_forms_are_unbiased_with_the_variance_that_the_table_states(distribution
 def test_the_mean_of_k_forms_has_the_stated_part_of_the_variance(distribution, k):
     """20,000 rows; 4.5 standard errors, also for the covariance that a sample without replacement has."""
     matrix = MATRICES["not symmetric"]
-    S = (matrix + matrix.T) / 2
-    one = 2 * S.square().sum() - (2 * S.diagonal().square().sum() if distribution != "gaussian" else 0)
+    one = variance_of(distribution, matrix)
     means = drawn_forms(matrix, distribution, 20_000, k).mean(0)
     wanted = one.item() / k * Hutchinson(k, distribution).part_of_variance(6)
     if (
@@ -382,7 +389,10 @@ def test_probes_of_float32_states_are_float32():
     ("make", "sentence"),
     [
         (lambda: Hutchinson(0), "a whole number of probes, at least one; got 0"),
-        (lambda: Hutchinson(2, "sphere"), r"Unknown distribution 'sphere': write 'rademacher', 'gaussian', 'orthog"),
+        (
+            lambda: Hutchinson(2, "cube"),
+            r"Unknown distribution 'cube': write 'rademacher', 'gaussian', 'sphere', 'orthog",
+        ),
         (lambda: Hutchinson(2, mode="both"), "Unknown mode 'both': write 'reverse' or 'forward'"),
         (lambda: Exact(mode="backward"), "Unknown mode 'backward'"),
         (lambda: Exact(0), "chunk must be at least 1, or None; got 0"),

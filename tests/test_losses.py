@@ -5,14 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import fitted_order
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 import sdediff as sd
-from sdediff.losses import WEIGHTINGS, denoising, low_discrepancy
+from sdediff.losses import WEIGHTINGS, denoising
 from sdediff.model import PREDICTIONS, ScoreModel
 from sdediff.testing import gaussian_targets, linear_sdes
+from sdediff.times import Steps, low_discrepancy
 
 F64 = torch.float64
 
@@ -48,10 +50,11 @@ def cubature(target, rows_of_time):
     return x0.repeat(n, 1), noise.repeat(n, 1), times
 
 
-def expected_loss(model, target, times, weighting="simple"):
+def expected_loss(model, target, t, weighting="simple", times=None):
     """The exact expectation of the loss at every time, for a model that is affine in x."""
-    x0, noise, t = cubature(target, times)
-    return denoising(model, x0, weighting=weighting, t=t, noise=noise).reshape(len(times), -1).mean(1)
+    x0, noise, rows = cubature(target, t)
+    loss = denoising(model, x0, weighting=weighting, t=rows, times=times, noise=noise)
+    return loss.reshape(len(t), -1).mean(1)
 
 
 # The weightings
@@ -78,10 +81,10 @@ DEFINITIONS = {
 
 
 def test_every_weighting_has_a_definition_here():
-    assert set(DEFINITIONS) == set(WEIGHTINGS)
+    assert {*DEFINITIONS, "vlb"} == set(WEIGHTINGS)
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", DEFINITIONS)
 @settings(max_examples=20)
 @given(linear_sdes(), gaussian_targets(), st.floats(0.2, 2.0), st.sampled_from([*PREDICTIONS]))
 def test_the_loss_is_its_definition_for_every_kind_of_prediction(weighting, sde, target, sigma_data, kind):
@@ -96,6 +99,87 @@ def test_the_loss_is_its_definition_for_every_kind_of_prediction(weighting, sde,
     loss = denoising(retold(exact, kind), x0, weighting=weighting, t=t, noise=noise)
     assert loss.shape == (6,)
     torch.testing.assert_close(loss, expected / len(target.mean), rtol=1e-6, atol=1e-9)
+
+
+@settings(max_examples=20)
+@given(linear_sdes(), gaussian_targets(), st.sampled_from([*PREDICTIONS]))
+def test_a_step_of_vlb_weighs_the_error_of_the_data_by_half_the_drop_of_the_snr(sde, target, kind):
+    """Divided by the length of the step: the mean over `Steps` brings it back."""
+    grid = between(sde, 6)
+    x0, noise = torch.randn(2, 5, len(target.mean), dtype=F64, generator=torch.Generator().manual_seed(0))
+    exact, snr = target.model(sde), sde.log_snr(grid).exp()
+    expected = (snr[:-1] - snr[1:]) / (2 * grid.diff()) * errors(exact, grid[1:], x0, noise)["data"]
+    loss = denoising(retold(exact, kind), x0, weighting="vlb", times=Steps(grid), t=grid[1:], noise=noise)
+    torch.testing.assert_close(loss, expected / len(target.mean), rtol=1e-6, atol=1e-9)
+
+
+def test_vlb_on_a_chain_is_the_weight_of_ddpm():
+    """`b^2 / (2 v a (1 - abar))` on the error of the noise, v the posterior variance; per step, N times per unit t."""
+    betas = torch.linspace(1e-3, 0.2, 12, dtype=F64)
+    chain, a_bar = sd.DiscreteVP(betas), (1 - betas).cumprod(0)
+    v = betas[1:] * (1 - a_bar[:-1]) / (1 - a_bar[1:])
+    weight = betas[1:] ** 2 / (2 * v * (1 - betas[1:]) * (1 - a_bar[1:]))
+    model = ScoreModel(lambda x, t: torch.zeros_like(x), chain)
+    x0, noise = torch.randn(2, 11, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+    loss = denoising(model, x0, weighting="vlb", t=torch.arange(2, 13, dtype=F64) / 12, noise=noise)
+    torch.testing.assert_close(loss, 12 * weight * noise.square().mean(1), rtol=1e-8, atol=0)
+
+
+def diffusion_term(model, target, grid):
+    """`D (t_max - t_min)` times the expected loss of "vlb", which is the sum of the bound's KL terms, in nats."""
+    law = Steps(grid)
+    loss = expected_loss(model, target, law.of(model.linear)[1:], "vlb", times=law)
+    share = law.weight(model.linear, law.of(model.linear)[1:])
+    return (loss * share).mean() * len(target.mean) * (law.of(model.linear)[-1] - law.of(model.linear)[0])
+
+
+@settings(max_examples=15)
+@given(sde=linear_sdes(), target=gaussian_targets())
+def test_vlb_tends_to_likelihood_as_the_grid_is_refined_at_first_order(sde, target):
+    """From above (Kingma et al.): finer steps tighten the bound. Even steps in log SNR: the sum has a smooth limit."""
+    ends = between(sde, 2)
+    limit = likelihood_between(target, sde, ends)
+    steps = [16, 32, 64]
+    levels = sde.log_snr(ends)
+    values = [
+        diffusion_term(
+            target.model(sde), target, sde.time(levels[0] + torch.linspace(0, 1, n + 1) * (levels[1] - levels[0]))
+        )
+        for n in steps
+    ]
+    gaps = torch.stack(values) - limit
+    assert bool((gaps > 0).all())
+    assert 0.85 < fitted_order(gaps.tolist(), steps) < 1.3
+
+
+@pytest.mark.parametrize("sde", [sd.VP(t_min=1e-3), sd.DiscreteVP(torch.linspace(0.01, 0.3, 8))], ids=["VP", "chain"])
+def test_vlb_sums_to_the_diffusion_term_of_the_bound(sde):
+    """`elbo` over data against the loss's expectation, whole and step by step; 4.5 standard errors over 4000 rows."""
+    target = sd.exact.Gaussian(torch.tensor([0.3, -1.0], dtype=F64), torch.tensor([0.5, 0.1], dtype=F64))
+    exact = target.model(sde)
+    off = ScoreModel(lambda x, t: exact.noise(t, x) + 0.1 - 0.05 * x, sde, time=lambda t: t)
+    grid = getattr(sde, "times", sd.grids.log_snr(sde, 7))
+    bound = sd.elbo(off, target.sample(4000, seed=0), times=grid, samples=1, seed=1)
+    rising = Steps(grid).of(sde)
+    terms = expected_loss(off, target, rising[1:], "vlb", times=Steps(grid)) * 2 * rising.diff()
+    for got, wanted in [*zip(bound.terms, terms.flip(0), strict=True), (bound.diffusion, terms.sum())]:
+        assert abs(got.mean() - wanted) < 4.5 * got.std() / math.sqrt(4000)
+    torch.testing.assert_close(diffusion_term(off, target, grid), terms.sum(), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("weighting", ["likelihood", "vlb"])
+def test_the_mean_over_the_weighting_s_own_times_is_the_bound_in_nats(weighting):
+    """40,000 drawn rows against the closed form; 4.5 standard errors."""
+    sde, n = sd.VP(t_min=1e-3), 40_000
+    target = sd.exact.Gaussian(torch.tensor([0.4], dtype=F64), 0.6)
+    loss = denoising(
+        target.model(sde), target.sample(n, seed=0), weighting=weighting, generator=torch.Generator().manual_seed(1)
+    ) * (sde.t_max - sde.t_min)  # fmt: skip
+    ends = torch.tensor([sde.t_min, sde.t_max], dtype=F64)
+    wanted = likelihood_between(target, sde, ends) if weighting == "likelihood" else diffusion_term(
+        target.model(sde), target, None
+    )  # fmt: skip
+    assert abs(loss.mean() - wanted) < 4.5 * loss.std() / math.sqrt(n)
 
 
 def test_snr_weighting_is_the_error_of_v_for_a_variance_preserving_process():
@@ -166,6 +250,13 @@ def test_the_minimum_holds_over_random_draws():
     assert abs(loss.mean() - minimum) < 5 * loss.std() / math.sqrt(n)
 
 
+def likelihood_between(target, sde, ends):
+    """The exact model's diffusion term in continuous time, in nats: `I(x_0; x_s) - I(x_0; x_t)`."""
+    snr = sde.log_snr(ends).exp()[:, None, None]
+    information = torch.linalg.slogdet(torch.eye(len(target.mean), dtype=F64) + snr * target.cov).logabsdet / 2
+    return information[0] - information[1]
+
+
 @settings(max_examples=12)
 @given(sde=linear_sdes(), target=gaussian_targets())
 def test_likelihood_weighting_integrates_to_the_information_between_two_times(sde, target):
@@ -175,11 +266,9 @@ def test_likelihood_weighting_integrates_to_the_information_between_two_times(sd
     log_t = ends[0].log() + (nodes + 1) / 2 * (ends[1] / ends[0]).log()
     loss = expected_loss(target.model(sde), target, log_t.exp(), "likelihood") * len(target.mean)
     integral = (weights * loss * log_t.exp()).sum() * (ends[1] / ends[0]).log() / 2
-    snr = sde.log_snr(ends).exp()[:, None, None]
-    information = torch.linalg.slogdet(torch.eye(len(target.mean), dtype=F64) + snr * target.cov).logabsdet / 2
     # a chain's schedule has kinks inside, where quadrature is second order
     loose = 5e-3 if isinstance(sde, sd.DiscreteVP) else 1e-6
-    torch.testing.assert_close(integral, information[0] - information[1], rtol=loose, atol=1e-8)
+    torch.testing.assert_close(integral, likelihood_between(target, sde, ends), rtol=loose, atol=1e-8)
 
 
 # Times
@@ -212,7 +301,7 @@ def test_each_low_discrepancy_number_is_uniform():
         assert stats.kstest(column.numpy(), "uniform").pvalue > 1e-7
 
 
-@pytest.mark.parametrize("weighting", ["simple", "noise", "likelihood", "snr", "min_snr"])
+@pytest.mark.parametrize("weighting", ["simple", "noise", "snr", "min_snr"])
 @pytest.mark.parametrize("sde", [sd.VP(t_min=0.4), sd.VE(), sd.RectifiedFlow(), sd.EDM(sigma_min=9.0)])
 def test_drawn_times_are_even_over_the_span(weighting, sde):
     spy, n = _Spy(), 64
@@ -230,17 +319,20 @@ def test_edm_times_are_log_normal_in_sigma_over_alpha(sde):
     model = ScoreModel(spy, sde)
     denoising(model, torch.zeros(n, 2, dtype=F64), weighting="edm", generator=torch.Generator().manual_seed(0))
     log_s = -sde.log_snr(spy.t) / 2
-    u = torch.from_numpy(stats.norm.cdf(log_s.numpy(), loc=-1.2, scale=1.2))
+    ends = -sde.log_snr(torch.tensor([sde.t_min, sde.t_max], dtype=F64)) / 2
+    low, high = stats.norm.cdf(ends.numpy(), loc=-1.2, scale=1.2)
+    u = (torch.from_numpy(stats.norm.cdf(log_s.numpy(), loc=-1.2, scale=1.2)) - low) / (high - low)
     assert sorted((u * n).floor().long().tolist()) == list(range(n))
 
 
 def test_edm_times_stay_in_a_span_that_holds_only_part_of_them():
+    """They are those of the normal that lie in it."""
     sde, spy, n = sd.EDM(sigma_min=0.2, sigma_max=0.5), _Spy(), 1000
     denoising(ScoreModel(spy, sde), torch.zeros(n, 1, dtype=F64), weighting="edm")
-    assert spy.t.min().item() == pytest.approx(0.2)
-    assert spy.t.max().item() == pytest.approx(0.5)
-    below = stats.norm.cdf(math.log(0.2), loc=-1.2, scale=1.2)
-    assert (spy.t < 0.2000001).double().mean().item() == pytest.approx(below, abs=1.5 / n)
+    assert 0.2 <= spy.t.min() < 0.2005
+    assert 0.499 < spy.t.max() <= 0.5
+    low, middle, high = stats.norm.cdf(np.log([0.2, 0.3, 0.5]), loc=-1.2, scale=1.2)
+    assert (spy.t < 0.3).double().mean().item() == pytest.approx((middle - low) / (high - low), abs=1.5 / n)
 
 
 # Draws and inputs
@@ -278,9 +370,9 @@ def test_the_condition_reaches_the_network_and_so_does_the_model_s_own():
 
 def test_float32_data_has_the_loss_of_float64_data():
     target = sd.exact.Gaussian(torch.tensor([0.3, -1.0], dtype=F64), 0.5)
-    t = torch.tensor([1e-4, 0.1, 0.9], dtype=F64)
+    t = torch.tensor([0.001, 0.1, 0.9], dtype=F64)
     x0, noise = torch.randn(2, 3, 2, dtype=F64, generator=torch.Generator().manual_seed(4))
-    for weighting in WEIGHTINGS:
+    for weighting in DEFINITIONS:
         wide = denoising(target.model(sd.VP()), x0, weighting=weighting, t=t, noise=noise)
         single = denoising(target.model(sd.VP()), x0.float(), weighting=weighting, t=t, noise=noise.float())
         assert single.dtype == torch.float32

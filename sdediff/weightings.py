@@ -1,0 +1,160 @@
+r"""How much each noise level counts in a loss, and the levels of a batch.
+
+With `x_t = alpha x_0 + sigma eps`, every loss of this library that looks at all noise levels is a mean over times of
+`w(t)` times the squared error of the implied noise, over the D entries of an event (or equals it up to a constant),
+
+    loss = E_t E_eps [ w(t) |epshat(t, x_t) - eps|^2 ] / D.
+
+The mean is over even times of `[t_min, t_max]`; for "edm", over times at which log(sigma / alpha) is normal(-1.2, 1.2).
+
+| weighting | w(t) | what it is |
+|---|---|---|
+| "simple", "noise" | 1 | DDPM's simple loss; sigma^2 on the score, as in NCSN |
+| "likelihood" | g^2 / (2 sigma^2) | the variational bound in continuous time |
+| "vlb" | (snr(s) / snr(t) - 1) / (2 (t - s)) | the bound of the steps (s, t] of a grid |
+| "snr" | 1 + 1 / snr | SNR + 1 on the data; for variance-preserving processes, the error of v |
+| "min_snr" | min(snr, 5) / snr | min-SNR-5 on the data |
+| "edm" | (s^2 + s_d^2) / s_d^2, s = sigma / alpha | Karras's |
+
+`D (t_max - t_min)` times the loss is the diffusion term of the bound in nats with "likelihood", and with "vlb" that of
+its discrete form, in which a step has `1/2 (snr(s) - snr(t)) E|x_0 - xhat|^2`. On a chain of betas the weight of a step
+is DDPM's `beta^2 / (2 v a (1 - abar))` with the posterior variance v.
+
+Each weighting also has a law by which times are drawn (`sdediff.times`), for "likelihood" those even in log SNR, for
+"vlb" the steps of a grid. Any other law may take its place, and the mean stays the same; only that of "vlb" must be one
+on steps, which are then those meant.
+
+References: Ho et al. 2020 (arXiv:2006.11239); Song and Ermon 2019 (arXiv:1907.05600); Song et al. 2021
+(arXiv:2101.09258), likelihood weighting; Kingma et al. 2021 (arXiv:2107.00630), the bound; Salimans and Ho 2022
+(arXiv:2202.00512); Hang et al. 2023 (arXiv:2303.09556), min-SNR; Karras et al. 2022 (arXiv:2206.00364).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdediff.errors import OptionError, ShapeError
+from sdediff.linear import LinearSDE
+from sdediff.model import ScoreModel
+from sdediff.shapes import PerRow, State, as_float64, as_time
+from sdediff.times import Even, Law, LogNormal, LogSNR, Steps
+
+_EVEN = Even()
+
+
+def _simple(model: ScoreModel, t: Tensor, law: Law) -> Tensor:
+    return torch.ones_like(t)
+
+
+def _likelihood(model: ScoreModel, t: Tensor, law: Law) -> Tensor:
+    _, diffusion = model.linear.rates(t)
+    return as_float64(diffusion).expand(t.shape) ** 2 / (2 * model.linear.sigma(t) ** 2)
+
+
+def _vlb(model: ScoreModel, t: Tensor, law: Law) -> Tensor:
+    start, log_snr = law.starts(model.linear, t), model.linear.log_snr
+    return torch.expm1(log_snr(start) - log_snr(t)) / (2 * (t - start))
+
+
+def _snr(model: ScoreModel, t: Tensor, law: Law) -> Tensor:
+    return 1 + (-model.linear.log_snr(t)).exp()
+
+
+def _min_snr(model: ScoreModel, t: Tensor, law: Law) -> Tensor:
+    return (5 * (-model.linear.log_snr(t)).exp()).clamp(max=1)
+
+
+def _edm(model: ScoreModel, t: Tensor, law: Law) -> Tensor:
+    # lambda(s) |xhat - x_0|^2 with lambda = (s^2 + s_d^2) / (s s_d)^2, and |xhat - x_0| = s |epshat - eps|
+    return ((-model.linear.log_snr(t)).exp() + model.sigma_data**2) / model.sigma_data**2
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """A weighting of the noise error.
+
+    Attributes:
+        weight: w at times, float64, of a model, the times, and the law in use.
+        law: the law by which times are drawn if none is given.
+        over: the law whose mean is meant.
+    """
+
+    weight: Callable[[ScoreModel, Tensor, Law], Tensor]
+    law: Law = _EVEN
+    over: Law = _EVEN
+
+
+WEIGHTINGS: dict[str, Weighting] = {
+    "simple": Weighting(_simple),
+    "noise": Weighting(_simple),
+    "likelihood": Weighting(_likelihood, LogSNR()),
+    "vlb": Weighting(_vlb, Steps()),
+    "snr": Weighting(_snr),
+    "min_snr": Weighting(_min_snr),
+    "edm": Weighting(_edm, LogNormal(-1.2, 1.2), LogNormal(-1.2, 1.2)),
+}
+"""The weightings by name."""
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseLevels:
+    """The noise levels of the rows of a batch, and what each counts.
+
+    Attributes:
+        t: times, float64 `(batch,)`.
+        weight: w(t), float64 `(batch,)`.
+        noise: standard normal, shaped as the data.
+    """
+
+    t: PerRow
+    weight: PerRow
+    noise: State
+    _sde: LinearSDE
+    _law: Law
+    _over: Law | None
+
+    @classmethod
+    def draw(
+        cls,
+        model: ScoreModel,
+        x0: State,
+        *,
+        weighting: str,
+        t: Any = None,
+        times: Law | None = None,
+        noise: State | None = None,
+        generator: torch.Generator | None = None,
+    ) -> NoiseLevels:
+        """Draw what is not given; the arguments are those of `losses.denoising`."""
+        if weighting not in WEIGHTINGS:
+            raise OptionError(f"Unknown weighting {weighting!r}: write one of {', '.join(map(repr, WEIGHTINGS))}.")
+        chosen = WEIGHTINGS[weighting]
+        law = chosen.law if times is None else times
+        if not isinstance(law, Law):
+            raise OptionError(f"times must be a law of times such as times.Even() or times.LogSNR(); got {times!r}.")
+        if t is None:
+            clock, _ = law.draw(model.linear, len(x0), generator=generator)
+        else:
+            clock = as_time(t)
+            clock = clock.expand(x0.shape[:1]) if clock.ndim == 0 else clock
+        if clock.shape != x0.shape[:1]:
+            raise ShapeError(f"t must have one time per row, shape ({x0.shape[0]},); got {tuple(clock.shape)}.")
+        if noise is None:
+            noise = torch.randn(x0.shape, dtype=x0.dtype, generator=generator).to(x0.device)
+        weight = chosen.weight(model, clock, law)
+        return cls(clock, weight, noise, model.linear, law, chosen.over if t is None else None)
+
+    def shared(self, losses: PerRow) -> PerRow:
+        """The losses with the weights of the law that drew the times, which learns of them; unchanged if t is given."""
+        if self._over is None:
+            return losses
+        meant = self._over.weight(self._sde, self.t)
+        share = self._law.weight(self._sde, self.t) / meant
+        if torch.is_grad_enabled():
+            self._law.observe(self._sde, self.t, losses.detach().to(meant) / meant)
+        return losses * share.to(losses)
