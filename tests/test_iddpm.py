@@ -328,6 +328,24 @@ def test_times_are_drawn_evenly_from_the_chain():
     assert torch.equal(seen[-1].unique(), chain.sde.times.flip(0))
 
 
+def test_times_may_come_from_a_law_that_learns_from_the_losses():
+    """Weighted, the mean is the same as over even steps, 4 standard errors; the times are not even."""
+    sde = sd.VP()
+    model, chain = with_second(mixture().model(sde), wavy), sd.grids.log_snr(sde, 9, t_min=0.01)
+    law = sd.times.LossAware(sd.times.Levels(chain, numbers="independent"), bins=10, history=4)
+    x = mixture().sample(4000, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    even = hybrid(model, x, chain=chain, lam=1.0, generator=generator)
+    for _ in range(2):  # evenly at first, until every time has been seen
+        t, weight = law.draw(sde, len(x), generator=generator)
+        losses = hybrid(model, x, chain=chain, lam=1.0, t=t, generator=generator)
+        law.observe(sde, t, losses)
+    found = weight.to(losses) * losses
+    error = ((found.var() + even.var()) / len(x)).sqrt()
+    assert (found.mean() - even.mean()).abs() < 4 * error
+    assert law.probabilities.max() > 2 * law.probabilities.min()
+
+
 @pytest.mark.parametrize("sde", [sd.VP(), sd.VE(), sd.CosineVP()], ids=name)
 def test_float32_has_the_loss_of_float64(sde):
     x, noise = torch.randn(2, 9, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
