@@ -33,7 +33,17 @@ class FourierTime(nn.Module):
         self.register_buffer("frequencies", torch.logspace(math.log10(1 / 32), math.log10(2), features // 2))
 
     def forward(self, t: Tensor) -> Tensor:
-        """`(batch,)` to `(batch, features)`."""
+        """`(batch,)` to `(batch, features)`.
+
+        Raises:
+            OptionError: a negative time (told on the CPU only, where it costs nothing to look).
+        """
+        if t.is_cpu and bool((t < 0).any()):
+            raise OptionError(
+                f"FourierTime takes the logarithm of the time, which must not be negative; got {t.min():g}. (A model "
+                "with prediction='edm' shows its network log(sigma / alpha) / 4. For this one write "
+                "ScoreModel(..., time=sde.sigma).)"
+            )
         angle = 2 * math.pi * (t + self.offset).log()[:, None] * self.frequencies
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 

@@ -168,3 +168,12 @@ def test_the_unet_without_diffusers_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(sd.MissingExtraError, match=r"'diffusers', which is not installed.*sdediff\[diffusers\]"):
         UNet(**TINY)
+
+
+def test_a_negative_time_is_refused_with_what_to_write_and_that_works():
+    sde = sd.VP()
+    model = sd.ScoreModel(sd.networks.MLP((2,), width=8, depth=1), sde, "edm")
+    x, t = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([1e-3, 0.5, 1.0])
+    with pytest.raises(sd.OptionError, match=r"must not be negative; got -1\.\d+.*ScoreModel\(\.\.\., time=sde\.sigma\)"):
+        model.denoised(t, x)
+    assert sd.ScoreModel(model.network, sde, "edm", time=sde.sigma).denoised(t, x).isfinite().all()
