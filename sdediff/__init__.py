@@ -27,6 +27,7 @@ from sdediff.bits import bits_per_dim as bits_per_dim
 from sdediff.bounds import ELBO as ELBO
 from sdediff.bounds import DenoisingLogProb as DenoisingLogProb
 from sdediff.bounds import SDEBound as SDEBound
+from sdediff.bounds import consistency_elbo as consistency_elbo
 from sdediff.bounds import denoising_log_prob as denoising_log_prob
 from sdediff.bounds import elbo as elbo
 from sdediff.bounds import sde_bound as sde_bound
@@ -60,6 +61,8 @@ from sdediff.exponential import ExponentialRungeKutta as ExponentialRungeKutta
 from sdediff.exponential import UniPC as UniPC
 from sdediff.extended import NoiseResidual as NoiseResidual
 from sdediff.extended import SquaredNoise as SquaredNoise
+from sdediff.iddpm import LearnedVariance as LearnedVariance
+from sdediff.iddpm import TwoHeads as TwoHeads
 from sdediff.langevin import AnnealedLangevin as AnnealedLangevin
 from sdediff.langevin import Corrector as Corrector
 from sdediff.langevin import Langevin as Langevin

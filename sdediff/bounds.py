@@ -1,13 +1,9 @@
 r"""Bounds and estimates of log p(x) from denoising errors alone: no ODE, no divergence.
 
-With `z = alpha x + sigma eps`, `g = alpha^2 / sigma^2` and D entries to an event, all three functions average one
-number, D times the ratio of the denoiser's error to its mean for normal data of scale c, and all share one clock:
+With `z = alpha x + sigma eps`, `g = alpha^2 / sigma^2` and D entries to an event, the functions average one number, D
+times the ratio of the denoiser's error to its mean for normal data of scale c, and share one clock (`sdediff.noised`):
 
     E(t, x) = |x - xhat(z)|^2 (1 + c^2 g) / c^2,          u = log(1 + c^2 g).
-
-Equal steps in u carry equal information of such data, for which E = D on average. E is bounded at both ends of time,
-also where alpha = 0, so even draws in u are the importance sampling: in log g, even draws would spend as much on
-levels where nothing is seen of the data as where all is decided. Any c is right in expectation.
 
 `elbo`: the bound of variational diffusion models. With `s = sigma / alpha` at t_min,
 
@@ -15,7 +11,19 @@ levels where nothing is seen of the data as where all is decided. Any c is right
     diffusion = 1/2 sum (g_s - g_t) E|x - xhat(z_t)|^2 = 1/2 sum expm1(u_s - u_t) E(t)    with T steps (s before t),
     diffusion = 1/2 int -g' E|x - xhat(z_t)|^2 dt      = 1/2 int E du                     in continuous time.
 
+Here the reverse kernels have the variance of the posterior. Any other (`sdediff.variance`) has its KL divergences, and
+its decoder, instead of s^2, the V of the step to the data. In the limit of small steps the variance is no choice.
+
 For discrete data a decoder takes the place of the normal density, `E log P(x | z_0)`: a bound on log P(x).
+
+`consistency_elbo`: the same bound, with z_i at times t_0 = t_max > ... > t_n = t_min and z_(n+1) = x, as the mean over
+paths `q(z_0 ... z_n | x)` of what each state z_1 ... z_n is said to be by the next and by the one before,
+
+    log p(x) >= E log p(x | z_n) - E KL(q(z_0 | z_1) || prior) - sum E log [q(z_i | z_(i+1)) / p(z_i | z_(i-1))].
+
+Often the last terms are printed as `E KL(q(z_i | z_(i+1)) || p(z_i | z_(i-1)))`. That draws z_i anew, apart from the
+z_(i-1) that was made of it: a looser bound. With `q(z_i | z_(i+1)) = q(z_i, z_(i-1) | z_(i+1)) / q(z_(i-1) | z_i)` and
+Bayes' rule the sum is that of the denoising form, where each term is integrated over z_i given z_(i-1) and x.
 
 `denoising_log_prob`: the same integral as an identity. For the exact denoiser, `E|x - xhat|^2 = mmse(x, g)` and
 
@@ -36,11 +44,6 @@ an equality for the exact score. Here -|eps|^2 + D is added, whose mean is 0, wh
 
 it is finite where alpha_T = 0. At t_min, 1 / rho is singular but epshat.eps has a mean of order rho.
 
-Noise is used with both signs, which cancels all that is odd in it (near t_min, the singularity: `epshat(z+) -
-epshat(z-)` is of order rho), and `w (|eps|^2 - D)`, `w = c^2 g / (1 + c^2 g)`, of mean 0, is subtracted from E: what is
-left of E where the noise is invisible to the model. So single values may be negative. Continuous times are two to a
-stratum of u, different in every row; the difference of the two gives an unbiased variance.
-
 References: Kingma et al. 2021 (arXiv:2107.00630); Song et al. 2021 (arXiv:2101.09258), theorem 3; Kong, Brekelmans and
 Ver Steeg 2023 (arXiv:2302.03792); Guo, Shamai and Verdu 2005 (I-MMSE).
 """
@@ -48,30 +51,23 @@ Ver Steeg 2023 (arXiv:2302.03792); Guo, Shamai and Verdu 2005 (I-MMSE).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sdediff.decoders import Decoder
-from sdediff.density import wide
-from sdediff.draws import RowDraws, mix
-from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
-from sdediff.exponential import deviation_of
-from sdediff.linear import LinearSDE
+from sdediff.errors import OptionError
 from sdediff.model import ScoreModel
-from sdediff.noise import Noise, NoiseStream, RowNoise
-from sdediff.priors import Prior, is_gaussian, kl_to_prior, mean_log_prob
-from sdediff.runs import bound_rows, chunks_of, evaluating, starts_at_prior
-from sdediff.sde import check_grid, fresh_seed
-from sdediff.shapes import Grid, PerRow, State, as_time, check_state, over, sum_rows
-
-Values: TypeAlias = Float[Tensor, " points batch"]
-
-_LOG_2PI = math.log(2 * math.pi)
+from sdediff.noise import Noise
+from sdediff.noised import LOG_2PI, Rows, Task, Values, clock_at, grid_of, integral_of, scale_of
+from sdediff.priors import Prior
+from sdediff.shapes import Grid, PerRow, State
+from sdediff.terms import along_paths, by_entry, by_step, variances_of
+from sdediff.variance import VARIANCES, Posterior, ReverseSteps, ReverseVariance, StepVariance, variance_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +75,9 @@ class ELBO:
     """A lower bound on log p(x), in its parts: `total = reconstruction - prior - diffusion`, all `(batch,)`, nats.
 
     Attributes:
-        reconstruction: `E log N(x; xhat(z), s^2 I)` at t_min, for continuous data (its density, not a probability);
+        reconstruction: `E log N(x; xhat(z), V)` at t_min, for continuous data (its density, not a probability);
             `E log P(x | z)` of a decoder, for discrete data.
-        prior: `KL(q(z_T | x) || prior)`, in closed form.
+        prior: `KL(q(z_T | x) || prior)`, in closed form (its mean over z_1 in the consistency form).
         diffusion: sum of the steps' KL divergences, or its continuous limit.
         total: the bound.
         stderr: standard error of total over the noise (and times); NaN for a single sample.
@@ -89,7 +85,7 @@ class ELBO:
         times: the grid, falling; its two ends in continuous time.
         terms: KL divergence of every step, `(steps, batch)`, from `times[i]` to `times[i + 1]`; None in continuous
             time. Estimates without bias, so that one of a small divergence may be negative.
-        settings: the steps, span, samples, scale, prior and seed that gave the number.
+        settings: the steps, variance, span, samples, scale, prior and seed that gave the number.
     """
 
     reconstruction: PerRow
@@ -151,6 +147,7 @@ def elbo(
     steps: int | None = None,
     times: Tensor | Sequence[float] | None = None,
     t_min: float | None = None,
+    variance: str | ReverseVariance = "posterior",
     samples: int = 16,
     prior: Prior | None = None,
     scale: float | None = None,
@@ -168,14 +165,17 @@ def elbo(
         steps: number of steps, even in `log(1 + scale^2 snr)`; None, without times, for continuous time.
         times: a grid of steps instead, falling from t_max.
         t_min: where the data end is, in place of the SDE's own `t_min`.
+        variance: of the reverse kernels of a discrete chain: "posterior", "beta", or a `StepVariance` or
+            `EntryVariance` (`sdediff.variance`). The decoder has that of the step to the data, which is
+            `sigma^2 / alpha^2` at t_min for "posterior", sigma^2 for "beta", and `Var[x_0 | x_t]` for an analytic one.
         samples: pairs of opposite noise for each row: for every step, or over all of continuous time (an even number,
             two to a stratum); and for the reconstruction.
         prior: of the states at the first time: a Normal (or `Independent` of one), or an `exact.Gaussian`, such as
             `target.marginal(sde, t_max)`; the SDE's own if None.
         scale: rough standard deviation of the data; if None, that of an "edm" model, else 1. Where it is off, the
             standard error grows, and the grid of `steps` is less even.
-        decoder: of discrete data (see `sdediff.decoders`); the total is then a bound on the log-probability of the
-            codes, in place of one on a density.
+        decoder: of discrete data (see `sdediff.decoders`), in place of the normal density; the total is then a bound on
+            the log-probability of the codes, not on a density.
         seed: row i depends on it and on i only, whatever the batch or chunk size.
         noise: a source of the noise in place of `RowNoise(seed)`.
         condition, batch_size: as in `sample`.
@@ -185,30 +185,97 @@ def elbo(
         DivergenceError: an error of the model is NaN or infinite.
     """
     discrete = steps is not None or times is not None
-    scale = _scale(model, scale)
-    grid = _grid(model, steps, times, t_min, scale)
-    task = _Task.of(model, x, grid, samples, prior, scale, seed, noise, even=not discrete, ends=discrete)
-    clock = _clock(model.linear, grid, scale)
-    weights = torch.expm1(clock.diff())[:, None] / 2
+    kernels = variance_of(variance, "elbo")
+    if not discrete and not isinstance(kernels, Posterior):
+        raise OptionError(
+            f"In continuous time the variance is not a choice: all tend to the posterior's; got variance={variance!r}. "
+            "Give steps=... or times=..., or leave variance away."
+        )
+    scale = scale_of(model, scale)
+    grid = grid_of(model, steps, times, t_min, scale)
+    task = Task.of(model, x, grid, samples, prior, scale, seed, noise, even=not discrete, ends=discrete)
+    chain = ReverseSteps.to_data(model.point(grid))
 
-    def evaluate(part: _Rows) -> dict[str, Tensor]:
-        reconstruction = part.reconstruction(grid[-1], decoder)
-        result = {"reconstruction": reconstruction.mean(0), "prior": part.prior_kl()}
+    def evaluate(part: Rows) -> dict[str, Tensor]:
+        prior_kl = part.prior_kl()
         if discrete:
-            values = weights * torch.stack([part.errors(grid[:-1]) for _ in range(samples)])
-            result |= {"terms": values.mean(0), "diffusion": values.sum(1).mean(0)}
-            variance = (
-                (reconstruction - values.sum(1)).var(0) / samples if samples > 1 else torch.nan * reconstruction[0]
-            )
-        else:
-            integral, variance = _integral(part.errors(part.times(part.spread())), task.span)
-            result["diffusion"] = integral
-            variance = variance + reconstruction.var(0) / samples
-        return result | {"stderr": variance.sqrt()}
+            if isinstance(kernels, StepVariance):
+                reconstruction, terms = by_step(part, chain, kernels, decoder)
+            else:
+                reconstruction, terms = by_entry(part, chain, kernels, decoder)
+            return _sums(reconstruction, prior_kl.expand(samples, -1), terms)
+        reconstruction = part.reconstruction(grid[-1], variances_of(chain, Posterior())[-1], decoder)
+        integral, variance = integral_of(part.errors(part.times(part.spread())), task.span)
+        stderr = (variance + reconstruction.var(0) / samples).sqrt()
+        return {"reconstruction": reconstruction.mean(0), "prior": prior_kl, "diffusion": integral, "stderr": stderr}
 
     values, nfe = task.run(evaluate, condition, batch_size)
-    total = values["reconstruction"] - values["prior"] - values["diffusion"]
     settings = {"steps": len(grid) - 1 if discrete else None, "decoder": decoder} | task.settings
+    return _elbo(values, nfe, grid, settings, kernels)
+
+
+@torch.no_grad()
+def consistency_elbo(
+    model: ScoreModel,
+    x: State,
+    *,
+    steps: int | None = None,
+    times: Tensor | Sequence[float] | None = None,
+    t_min: float | None = None,
+    variance: str | ReverseVariance = "posterior",
+    samples: int = 16,
+    prior: Prior | None = None,
+    scale: float | None = None,
+    seed: int | None = None,
+    noise: Noise | None = None,
+    condition: Any = None,
+    batch_size: int | None = None,
+) -> ELBO:
+    """`elbo` of a discrete chain in its consistency form: the same number in expectation, with a higher variance.
+
+    Args:
+        model, x, steps, times, t_min, variance, prior, scale, seed, noise, condition, batch_size: as in `elbo`.
+        samples: pairs of paths of opposite noise from x to the noise end, for each row.
+
+    Returns:
+        The parts of the consistency form: `terms[i]` is `E log [q(z | after) / p(z | before)]` of the state z at
+        `times[i + 1]`, given the state after it, from which it was made, and the one before it.
+
+    Raises:
+        OptionError, ShapeError, TimeError, CapabilityError, DivergenceError: as `elbo`.
+    """
+    if steps is None and times is None:
+        raise OptionError("The consistency form is that of a discrete chain: give steps=... or times=....")
+    kernels = variance_of(variance, "consistency_elbo")
+    scale = scale_of(model, scale)
+    grid = grid_of(model, steps, times, t_min, scale)
+    task = Task.of(model, x, grid, samples, prior, scale, seed, noise, even=False, ends=True)
+    chain = ReverseSteps.to_data(model.point(grid))
+
+    def evaluate(part: Rows) -> dict[str, Tensor]:
+        return _sums(*along_paths(part, chain, kernels))
+
+    values, nfe = task.run(evaluate, condition, batch_size)
+    return _elbo(values, nfe, grid, {"steps": len(grid) - 1} | task.settings, kernels)
+
+
+def _sums(reconstruction: Values, prior: Values, terms: Tensor) -> dict[str, Tensor]:
+    """The parts of a discrete bound from its samples, `(samples, batch)` and `(samples, steps, batch)`."""
+    totals = reconstruction - prior - terms.sum(1)
+    variance = totals.var(0) / len(totals) if len(totals) > 1 else torch.nan * totals[0]
+    return {
+        "reconstruction": reconstruction.mean(0),
+        "prior": prior.mean(0),
+        "diffusion": terms.sum(1).mean(0),
+        "terms": terms.mean(0),
+        "stderr": variance.sqrt(),
+    }
+
+
+def _elbo(values: dict[str, Tensor], nfe: int, grid: Grid, settings: dict[str, Any], kernels: ReverseVariance) -> ELBO:
+    total = values["reconstruction"] - values["prior"] - values["diffusion"]
+    named = [name for name, variance in VARIANCES.items() if variance == kernels]
+    settings = settings | {"variance": named[0] if named else type(kernels).__name__}
     return ELBO(**values, total=total, nfe=nfe, times=grid, settings=settings)
 
 
@@ -236,14 +303,14 @@ def sde_bound(
     Raises:
         OptionError, ShapeError, TimeError, CapabilityError, DivergenceError: as `elbo`.
     """
-    scale = _scale(model, scale)
-    grid = _grid(model, None, None, t_min, scale)
-    task = _Task.of(model, x, grid, samples, prior, scale, seed, noise, even=True, ends=False)
+    scale = scale_of(model, scale)
+    grid = grid_of(model, None, None, t_min, scale)
+    task = Task.of(model, x, grid, samples, prior, scale, seed, noise, even=True, ends=False)
     sigma = task.sde.scales_at(grid)[1]
     task = task.starting(grid[-1])
 
-    def evaluate(part: _Rows) -> dict[str, Tensor]:
-        integral, variance = _integral(part.errors(part.times(part.spread())), task.span)
+    def evaluate(part: Rows) -> dict[str, Tensor]:
+        integral, variance = integral_of(part.errors(part.times(part.spread())), task.span)
         value = part.prior_mean() + part.size * math.log(sigma[0] / sigma[1]) - integral
         return {"value": value, "stderr": variance.sqrt()}
 
@@ -276,16 +343,16 @@ def denoising_log_prob(
     Raises:
         OptionError, ShapeError, TimeError, CapabilityError, DivergenceError: as `elbo`.
     """
-    scale = _scale(model, scale)
-    grid = _grid(model, None, None, t_min, scale)
-    task = _Task.of(model, x, grid, samples, prior, scale, seed, noise, even=True, ends=True)
-    ends = _clock(task.sde, grid, scale)
+    scale = scale_of(model, scale)
+    grid = grid_of(model, None, None, t_min, scale)
+    task = Task.of(model, x, grid, samples, prior, scale, seed, noise, even=True, ends=True)
+    ends = clock_at(task.sde, grid, scale)
 
-    def evaluate(part: _Rows) -> dict[str, Tensor]:
+    def evaluate(part: Rows) -> dict[str, Tensor]:
         points = part.spread()
         inner, outer = part.errors(part.times(points)), part.errors(grid)
-        integral, variance = _integral(inner, task.span)
-        base = -part.size / 2 * (_LOG_2PI + 1 - math.log(torch.expm1(ends[1]) / scale**2)) - part.prior_kl()
+        integral, variance = integral_of(inner, task.span)
+        base = -part.size / 2 * (LOG_2PI + 1 - math.log(torch.expm1(ends[1]) / scale**2)) - part.prior_kl()
         points, order = points.sort(0)
         outside = ends.to(points)[:, None].expand(2, points.shape[1])
         steps = torch.cat([outside[:1], points, outside[1:]]).diff(dim=0)
@@ -299,264 +366,3 @@ def denoising_log_prob(
 
     values, nfe = task.run(evaluate, condition, batch_size)
     return DenoisingLogProb(**values, nfe=nfe, settings=task.settings)
-
-
-# The clock u = log(1 + scale^2 snr)
-
-
-def _clock(sde: LinearSDE, t: Tensor, scale: float) -> Tensor:
-    alpha, sigma = sde.scales_at(t)
-    return torch.log1p((scale * alpha / sigma) ** 2)
-
-
-def _unclock(sde: LinearSDE, u: Tensor, scale: float, t_min: Tensor, t_max: Tensor) -> Tensor:
-    return sde.time(torch.expm1(u).log() - 2 * math.log(scale)).clamp(t_min, t_max)
-
-
-def _scale(model: ScoreModel, scale: float | None) -> float:
-    if not isinstance(model, ScoreModel):
-        raise OptionError(f"The first argument must be a ScoreModel; got {type(model).__name__}.")
-    scale = deviation_of(model) if scale is None else scale
-    if not 0 < scale < math.inf:
-        raise OptionError(f"scale must be positive, a rough standard deviation of the data; got {scale}.")
-    return scale
-
-
-def _grid(
-    model: ScoreModel, steps: int | None, times: Tensor | Sequence[float] | None, t_min: float | None, scale: float
-) -> Grid:
-    """The caller's grid, checked, or one even in the clock; the two ends if there are no steps."""
-    sde = model.linear
-    if times is not None:
-        if steps is not None or t_min is not None:
-            raise OptionError("Give either times=..., a whole grid, or steps=... and t_min=..., which make one.")
-        grid = as_time(times).detach().cpu()
-        check_grid(grid, direction=-1)
-        sde.check_span(grid, "times")
-    else:
-        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-            raise OptionError(f"elbo needs a whole number of steps >= 1, or None for continuous time; got {steps!r}.")
-        end = sde.t_min if t_min is None else float(t_min)
-        if not 0 <= end < sde.t_max:
-            raise TimeError(f"t_min = {end:g} must lie in [0, {sde.t_max:g}), below the t_max of {sde}.")
-        grid = torch.tensor([sde.t_max, end], dtype=torch.float64)
-    if not float(sde.scales_at(grid)[1][-1]) > 0:
-        raise TimeError(f"{sde} has no noise at t = {grid[-1]:g}, where no bound is finite: end later, with t_min.")
-    if steps is None or steps == 1:
-        return grid
-    first, last = _clock(sde, grid, scale)
-    inner = first + (last - first) * torch.arange(1, steps, dtype=torch.float64) / steps
-    return torch.cat([grid[:1], _unclock(sde, inner, scale, grid[-1], grid[0]), grid[1:]])
-
-
-def _integral(values: Values, span: float) -> tuple[PerRow, PerRow]:
-    """`1/2 int E du` from two values in each stratum, and the variance of the estimate."""
-    pairs = values.reshape(-1, 2, values.shape[1])
-    variance = (pairs[:, 0] - pairs[:, 1]).square().sum(0) / len(values) ** 2
-    return span / 2 * values.mean(0), (span / 2) ** 2 * variance
-
-
-# The errors of the rows
-
-
-@dataclass(frozen=True)
-class _Task:
-    """Everything about an estimate but the rows."""
-
-    model: ScoreModel
-    x: State
-    ends: Grid
-    samples: int
-    prior: Prior | None
-    scale: float
-    seed: int
-    noise: Noise
-    start: tuple[float, float] = (1.0, 0.0)
-    """alpha and sigma of what x is: data, or states at a time."""
-
-    @classmethod
-    def of(
-        cls,
-        model: ScoreModel,
-        x: State,
-        grid: Grid,
-        samples: int,
-        prior: Prior | None,
-        scale: float,
-        seed: int | None,
-        noise: Noise | None,
-        *,
-        even: bool,
-        ends: bool,
-    ) -> _Task:
-        check_state(x)
-        if x.shape[0] == 0:
-            raise ShapeError("A bound needs at least one row; got x with 0 rows.")
-        if not isinstance(samples, int) or samples < 1 or (even and samples % 2):
-            needed = "an even number of samples, two to a stratum of time" if even else "a whole number of samples >= 1"
-            raise OptionError(f"This estimate needs {needed}; got {samples!r}.")
-        if prior is None and not starts_at_prior(model, grid[0]):
-            raise TimeError(
-                f"times starts at {grid[0]:g}, but the prior is that of t_max = {model.sde.t_max:g}: start there, or "
-                "pass prior=, the distribution of the states at the first time."
-            )
-        if prior is not None and not is_gaussian(prior):
-            raise OptionError(
-                "prior must be a Normal, an Independent of one, or an exact.Gaussian, over which the divergence is "
-                f"known in closed form; got {type(prior).__name__}."
-            )
-        if ends and model.blind_in_noise and float(model.linear.scales_at(grid)[0][0]) == 0:
-            raise CapabilityError(
-                f"At t = {grid[0]:g} alpha is 0, where a model that predicts {model.prediction!r} says nothing of the "
-                "data: use elbo in continuous time, or an SDE whose t_max lies before."
-            )
-        seed = fresh_seed() if seed is None else seed
-        return cls(model, x, grid[[0, -1]], samples, prior, scale, seed, RowNoise(seed) if noise is None else noise)
-
-    def starting(self, t: Tensor) -> _Task:
-        """The same for rows that are states at this time."""
-        alpha, sigma = self.sde.scales_at(t)
-        return replace(self, start=(alpha.item(), sigma.item()))
-
-    @property
-    def sde(self) -> LinearSDE:
-        return self.model.linear
-
-    @property
-    def span(self) -> float:
-        """The length of the integral in the clock."""
-        return _clock(self.sde, self.ends, self.scale).diff().item()
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {
-            "samples": self.samples,
-            "t_min": self.ends[1].item(),
-            "t_max": self.ends[0].item(),
-            "scale": self.scale,
-            "prior": "the SDE's own" if self.prior is None else type(self.prior).__name__,
-            "seed": self.seed,
-        }
-
-    def run(
-        self, evaluate: Callable[[_Rows], dict[str, Tensor]], condition: Any, batch_size: int | None
-    ) -> tuple[dict[str, Tensor], int]:
-        """What `evaluate` gives for all rows, as wide as the device has it, and network evaluations for every row."""
-        parts, nfe = [], 0
-        with torch.no_grad(), evaluating(self.model.network):
-            for rows in chunks_of(len(self.x), batch_size):
-                bound, counter = bound_rows(self.model, condition, rows, len(self.x))
-                uniform = RowDraws(mix(self.seed, 7), rows.start)
-                part = _Rows(self, bound, self.x[rows], self.noise.open(rows.start), uniform)
-                try:
-                    parts.append(evaluate(part))
-                except DivergenceError as error:
-                    raise error.shifted(rows.start) from error
-                nfe = max(nfe, counter.calls)
-        like = wide(self.x[:1])
-        return {name: torch.cat([part[name] for part in parts], -1).to(like) for name in parts[0]}, nfe
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Some rows of a task, with their model and noise."""
-
-    task: _Task
-    model: ScoreModel
-    x: State
-    stream: NoiseStream
-    uniform: RowDraws
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.x.shape[1:])
-
-    def spread(self) -> Values:
-        """Points of the clock, two in each stratum, noise end first; every row has its own."""
-        like = torch.empty(len(self.x), dtype=torch.float64)
-        u = torch.special.ndtr(torch.stack([self.uniform(like) for _ in range(self.task.samples)]))
-        first, last = _clock(self.task.sde, self.task.ends, self.task.scale)
-        strata = torch.arange(self.task.samples // 2, dtype=torch.float64).repeat_interleave(2)[:, None]
-        return first + (last - first) * (strata + u) / len(u) * 2
-
-    def times(self, u: Values) -> Tensor:
-        return _unclock(self.task.sde, u, self.task.scale, self.task.ends[1], self.task.ends[0])
-
-    def reconstruction(self, t: Tensor, decoder: Decoder | None) -> Values:
-        """`E log p(x | z)` at t, one value for each pair of noise, `(samples, batch)`."""
-        count = self.task.samples
-        if decoder is not None:
-            return torch.stack([self._decoded(t, decoder) for _ in range(count)])
-        clock = _clock(self.task.sde, t, self.task.scale)
-        constant = _LOG_2PI - math.log(torch.expm1(clock) / self.task.scale**2)
-        return torch.expm1(-clock) / 2 * self.errors(t.expand(count)) - self.size / 2 * constant
-
-    def _decoded(self, t: Tensor, decoder: Decoder) -> PerRow:
-        alpha, sigma = self.task.sde.scales_at(t)
-        shift = over(sigma, self.x) * self.stream.normal(self.x)
-        signal = over(alpha, self.x) * self.x
-        values = [decoder.log_prob(self.model, t, self.x, signal + noise) for noise in (shift, -shift)]
-        return ((values[0] + values[1]) / 2).cpu().double()
-
-    def errors(self, times: Tensor) -> Values:
-        """E at times `(points,)` or `(points, batch)`, each with fresh noise in both signs, float64."""
-        values = torch.stack([self._error(t.expand(len(self.x))) for t in times])
-        wrong = (~values.isfinite()).nonzero()
-        if len(wrong):
-            k = int(wrong[0, 0])
-            raise DivergenceError(
-                "The error of the model is NaN or infinite",
-                "Check the network's output and x there.",
-                step=None,
-                time=times[k].reshape(-1)[0].item() if times.ndim == 1 else times[k, wrong[0, 1]].item(),
-                rows=wrong[wrong[:, 0] == k, 1].tolist(),
-            )
-        return values
-
-    def _error(self, t: Tensor) -> PerRow:
-        """E for one draw of noise, in both signs: the integrand in u; for states at t_min, that of `sde_bound`."""
-        alpha, sigma = self.task.sde.scales_at(t)
-        c, (alpha_0, sigma_0) = self.task.scale, self.task.start
-        blur = sigma_0 / alpha_0
-        rho = (1 - (blur * alpha / sigma) ** 2).sqrt()
-        total = (c * alpha) ** 2 + sigma**2
-        seen = (c * alpha) ** 2 / total  # w
-        rise = (blur / (c * sigma)) ** 2 * total / (rho * (1 + rho))  # (1 / rho - 1) / w
-        unit = total.sqrt() / (c * (alpha**2 + sigma**2))
-        positive = self.stream.normal(self.x)
-        square = _summed(positive**2)
-        value = -seen * (square - self.size)
-        for noise in (positive, -positive):
-            z = over(alpha / alpha_0, self.x) * self.x + over(sigma * rho, self.x) * noise
-            true = over(unit * alpha * (1 + blur**2 / (1 + rho)), z) * noise - over(unit * sigma / alpha_0, z) * self.x
-            error = self.model.combine(t, z, -unit * sigma, unit * alpha) - true  # (epshat - eps) / sqrt(w)
-            value = value + _summed(error**2) / 2
-            if blur:
-                value = value - rise * (square + seen.sqrt() * _summed(error * noise))
-        return value
-
-    def prior_mean(self) -> PerRow:
-        """`E log prior(z)` for the kernel at the noise end."""
-        scale, std = self._kernel()
-        return mean_log_prob(self._prior, scale * self.x.double().cpu(), std)
-
-    def prior_kl(self) -> PerRow:
-        """`KL(q(z_T | x) || prior)`."""
-        scale, std = self._kernel()
-        return kl_to_prior(self._prior, scale * self.x.double().cpu(), std)
-
-    @property
-    def _prior(self) -> Prior:
-        given = self.task.prior
-        return self.task.sde.prior(tuple(self.x.shape[1:]), dtype=torch.float64) if given is None else given
-
-    def _kernel(self) -> tuple[float, float]:
-        """`(scale, std)` from x to the noise end."""
-        alpha, sigma = (value.item() for value in self.task.sde.scales_at(self.task.ends[0]))
-        alpha_0, sigma_0 = self.task.start
-        return alpha / alpha_0, math.sqrt(sigma**2 - (alpha * sigma_0 / alpha_0) ** 2)
-
-
-def _summed(x: State) -> PerRow:
-    """The sum over the entries of every row, float64 on the CPU as the coefficients."""
-    return sum_rows(x.to(torch.promote_types(x.dtype, torch.float32))).cpu().double()

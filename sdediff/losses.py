@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sdediff.extended import noise_residual as noise_residual
 from sdediff.extended import squared_noise as squared_noise
+from sdediff.iddpm import hybrid as hybrid
 from sdediff.model import ScoreModel
 from sdediff.score_matching import energy_difference as energy_difference
 from sdediff.score_matching import finite_difference as finite_difference

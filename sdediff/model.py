@@ -314,8 +314,8 @@ def _in(x: State, dtype: torch.dtype) -> State:
 
 
 def _dtype_of(network: Callable[..., Tensor]) -> torch.dtype | None:
-    """The dtype of the parameters of an `nn.Module`, itself or wrapped as `.network`; None if there are none."""
-    module = network if isinstance(network, torch.nn.Module) else getattr(network, "network", None)
-    if not isinstance(module, torch.nn.Module):
-        return None
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    """The dtype of the parameters of an `nn.Module`, itself or wrapped as `.network`, also twice; None if none."""
+    module: object = network
+    while module is not None and not isinstance(module, torch.nn.Module):
+        module = getattr(module, "network", None)
+    return None if module is None else next((p.dtype for p in module.parameters() if p.is_floating_point()), None)

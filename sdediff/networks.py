@@ -73,21 +73,27 @@ class MLP(nn.Module):
         width: hidden units.
         depth: residual blocks.
         classes: number of classes for a condition of labels `(batch,)`; None for no condition.
+        heads: outputs, each shaped as x, stacked on axis 1; see `TwoHeads`.
     """
 
-    def __init__(self, event: Sequence[int], width: int = 128, depth: int = 3, classes: int | None = None) -> None:
+    def __init__(
+        self, event: Sequence[int], width: int = 128, depth: int = 3, classes: int | None = None, heads: int = 1
+    ) -> None:
         super().__init__()
-        self.config = {"event": list(event), "width": width, "depth": depth, "classes": classes}
+        if heads < 1 or (heads > 1 and not len(event)):
+            raise ShapeError(f"MLP stacks heads >= 1 outputs on axis 1; got heads = {heads}, event = {tuple(event)}.")
+        self.config = {"event": list(event), "width": width, "depth": depth, "classes": classes, "heads": heads}
+        self.heads = heads
         size = math.prod(event)
         self.event = tuple(event)
         self.time = nn.Sequential(FourierTime(32), nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.label = nn.Embedding(classes, width) if classes else None
         self.read = nn.Linear(size, width)
         self.blocks = nn.ModuleList([_Block(width) for _ in range(depth)])
-        self.write = nn.Linear(width, size)
+        self.write = nn.Linear(width, heads * size)
 
     def forward(self, x: State, t: Tensor, condition: Tensor | None = None) -> State:
-        """Shaped as x."""
+        """Shaped as x, but for `heads` times the channels on axis 1."""
         if tuple(x.shape[1:]) != self.event:
             raise ShapeError(f"This MLP was made for events of shape {self.event}; got {tuple(x.shape[1:])}.")
         time = self.time(t)
@@ -101,7 +107,8 @@ class MLP(nn.Module):
         h = self.read(x.reshape(len(x), -1))
         for block in self.blocks:
             h = block(h, time)
-        return self.write(nn.functional.silu(h)).reshape(x.shape)
+        shape = (len(x), *self.event) if self.heads == 1 else (len(x), self.heads * self.event[0], *self.event[1:])
+        return self.write(nn.functional.silu(h)).reshape(shape)
 
 
 class GaussianMLP(nn.Module):

@@ -15,6 +15,18 @@ and "beta", `V = sigma_t^2 (1 - r)`, for data that is N(0, I) (in a variance-pre
 
 A `StepVariance` is one number for every step; an `EntryVariance` is one for every entry of every state.
 
+The KL divergence of a step, for V of one number and for V of every entry, is
+
+    KL(q || p) = D/2 [rho - 1 - log rho] + gain^2 |x_0 - xhat|^2 / (2 V),                       rho = nu^2 / V,
+    KL(q || p) = 1/2 sum_i [nu^2 / V_i - 1 - log(nu^2 / V_i) + gain^2 (x_0 - xhat)_i^2 / V_i].
+
+For eta = 1 and V = nu^2 it is `(snr_s - snr_t) / 2 |x_0 - xhat|^2`. A network that predicts `F = p x_0 + q eps` errs by
+`(p - q alpha / sigma) (xhat - x_0)`, which puts the same divergence in terms of noise, score or v.
+
+A chain ends with a step from its last time to the data itself, `alpha_s = 1` and `sigma_s = 0`, so that nu = 0 and
+gain = 1. Its kernel is the decoder `p(x_0 | x_t) = N(xhat, V)`, with `V = Var[x_0 | x_t]` by the law above and
+`V = sigma_t^2` for "beta".
+
 References: Ho et al. 2020 (arXiv:2006.11239), section 3.2; Song, Meng and Ermon 2021 (arXiv:2010.02502); Bao et al.
 2022 (arXiv:2201.06503).
 """
@@ -30,7 +42,7 @@ import torch
 from torch import Tensor
 
 from sdediff.errors import OptionError
-from sdediff.model import Point, ScoreModel
+from sdediff.model import PREDICTIONS, Point, ScoreModel
 from sdediff.shapes import State
 
 
@@ -70,10 +82,38 @@ class ReverseSteps:
             )
         return cls(at, fresh, eta * sigma_s * fresh.sqrt(), sigma_s * kept.sqrt())
 
+    @classmethod
+    def to_data(cls, at: Point) -> ReverseSteps:
+        """DDPM's steps along these times, and one more from the last of them to the data."""
+        t, alpha, sigma = (
+            torch.cat([values, torch.full_like(values[:1], end)])
+            for values, end in ((at.t, 0.0), (at.alpha, 1.0), (at.sigma, 0.0))
+        )
+        return cls.of(Point(at.sde, t, alpha, sigma, at.sigma_data))
+
     @property
     def gain(self) -> Tensor:
         """What the mean moves by for a unit of the denoised data, `alpha_s - kept alpha_t / sigma_t`, `(steps,)`."""
         return self.at.alpha[1:] - self.kept * self.at.alpha[:-1] / self.at.sigma[:-1]
+
+    def kl_weights(self, prediction: str, variances: Tensor) -> Tensor:
+        """w of the part `w |F - Fhat|^2` of a step's KL divergence that depends on the mean, `(steps,)`.
+
+        For "noise", eta = 1 and a variance-preserving chain it is DDPM's `b^2 / (2 V a (1 - abar_t))`, with `a = 1 - b`
+        and `abar_t = alpha_t^2`; infinite where alpha = 0.
+
+        Args:
+            prediction: what F is, one of the kinds of `sdediff.model.PREDICTIONS`.
+            variances: V, `(steps,)`.
+
+        Raises:
+            OptionError: unknown prediction.
+        """
+        if prediction not in PREDICTIONS:
+            raise OptionError(f"Unknown prediction {prediction!r}: write one of {', '.join(map(repr, PREDICTIONS))}.")
+        at = self.at[:-1]
+        p, q = PREDICTIONS[prediction](at)
+        return (self.gain / (p - q * at.alpha / at.sigma)) ** 2 / (2 * variances)
 
 
 class StepVariance(ABC):
