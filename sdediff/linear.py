@@ -98,6 +98,11 @@ class LinearSDE(SDE):
             )
         return d_alpha, d_sigma
 
+    @property
+    def chain_times(self) -> Grid | None:
+        """The times of the discrete chain that this process is, falling; None for a process in continuous time."""
+        return None
+
     # Scalar functions of time, in the dtype of t.
 
     def scales_at(self, t: Tensor) -> tuple[Tensor, Tensor]:

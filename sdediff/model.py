@@ -164,6 +164,14 @@ class ScoreModel:
             )
         return self._linear
 
+    @property
+    def known_times(self) -> Grid | None:
+        """The only times that the network knows, falling, if it counts the steps of a chain; None if it takes any."""
+        chain = None if self._linear is None or self.time is None else self._linear.chain_times
+        if chain is None or self.time is None or self.time(chain[:1]).is_floating_point():
+            return None
+        return chain
+
     def given(self, condition: Any) -> ScoreModel:
         """This model with its condition fixed."""
         return replace(self, condition=condition)

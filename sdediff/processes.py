@@ -391,6 +391,10 @@ class DiscreteVP(LinearSDE):
         n = len(self.betas)
         return torch.arange(n, 0, -1, dtype=torch.float64) / n
 
+    @property
+    def chain_times(self) -> Tensor:
+        return self.times
+
     def timestep(self, t: Tensor) -> Tensor:
         """The integer time step `N t - 1` in 0..N-1 of a network trained on the chain (DDPM's indices).
 
@@ -404,9 +408,9 @@ class DiscreteVP(LinearSDE):
         if bool(off.any()):
             raise TimeError(
                 f"t = {clock[off].reshape(-1)[0]:g} is not one of the {len(self.betas)} times of {self}, and a network "
-                "of integer time steps knows no other: sample with times=chain.times or rows of it "
-                "(sd.subsequences.linear(chain.times, n)), train with times=sd.times.Levels(chain.times), and for "
-                "solvers that stop between write time=chain.nearest_timestep, which rounds."
+                "of integer time steps knows no other: give times=chain.times or rows of it (sd.subsequences), laws of "
+                "training times on the chain (sd.times.Levels(chain.times)), and for solvers that stop between write "
+                "time=chain.nearest_timestep, which rounds."
             )
         return self._known(index)
 

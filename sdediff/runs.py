@@ -106,6 +106,15 @@ def density_grid(
 
 
 def _grid(solver: Solver, model: ScoreModel, steps: int, t_min: float | None) -> Grid:
+    """The solver's own grid, moved to the nearest times that the network knows if it counts the steps of a chain."""
+    grid = _any_grid(solver, model, steps, t_min)
+    known = model.known_times
+    if known is None:
+        return grid
+    return torch.unique(known[(grid[:, None] - known).abs().argmin(1)]).flip(0)
+
+
+def _any_grid(solver: Solver, model: ScoreModel, steps: int, t_min: float | None) -> Grid:
     """The solver's own grid; kept for solvers and processes that cannot change."""
     if solver.fixed and model.sde.fixed and type(steps) is int:
         return _kept_grid(solver, model.sde, model.prediction, model.sigma_data, steps, t_min).clone()

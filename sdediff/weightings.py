@@ -22,7 +22,7 @@ is DDPM's `beta^2 / (2 v a (1 - abar))` with the posterior variance v.
 
 Each weighting also has a law by which times are drawn (`sdediff.times`), for "likelihood" those even in log SNR, for
 "vlb" the steps of a grid. Any other law may take its place, and the mean stays the same; only that of "vlb" must be one
-on steps, which are then those meant.
+on steps, which are then those meant. A network that counts the steps of a chain is shown these, each equally often.
 
 References: Ho et al. 2020 (arXiv:2006.11239); Song and Ermon 2019 (arXiv:1907.05600); Song et al. 2021
 (arXiv:2101.09258), likelihood weighting; Kingma et al. 2021 (arXiv:2107.00630), the bound; Salimans and Ho 2022
@@ -41,8 +41,8 @@ from torch import Tensor
 from sdediff.errors import OptionError, ShapeError
 from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
-from sdediff.shapes import PerRow, State, as_float64, as_time
-from sdediff.times import Even, Law, LogNormal, LogSNR, Steps
+from sdediff.shapes import Grid, PerRow, State, as_float64, as_time
+from sdediff.times import Even, Law, Levels, LogNormal, LogSNR, Steps
 
 _EVEN = Even()
 
@@ -82,18 +82,20 @@ class Weighting:
         weight: w at times, float64, of a model, the times, and the law in use.
         law: the law by which times are drawn if none is given.
         over: the law whose mean is meant.
+        chain: the same law for a network that counts the steps of a chain, made from its times.
     """
 
     weight: Callable[[ScoreModel, Tensor, Law], Tensor]
     law: Law = _EVEN
     over: Law = _EVEN
+    chain: Callable[[Grid], Law] = Levels
 
 
 WEIGHTINGS: dict[str, Weighting] = {
     "simple": Weighting(_simple),
     "noise": Weighting(_simple),
     "likelihood": Weighting(_likelihood, LogSNR()),
-    "vlb": Weighting(_vlb, Steps()),
+    "vlb": Weighting(_vlb, Steps(), chain=Steps),
     "snr": Weighting(_snr),
     "min_snr": Weighting(_min_snr),
     "edm": Weighting(_edm, LogNormal(-1.2, 1.2), LogNormal(-1.2, 1.2)),
@@ -134,7 +136,8 @@ class NoiseLevels:
         if weighting not in WEIGHTINGS:
             raise OptionError(f"Unknown weighting {weighting!r}: write one of {', '.join(map(repr, WEIGHTINGS))}.")
         chosen = WEIGHTINGS[weighting]
-        law = chosen.law if times is None else times
+        known = model.known_times if times is None else None
+        law = times if times is not None else chosen.law if known is None else chosen.chain(known)
         if not isinstance(law, Law):
             raise OptionError(f"times must be a law of times such as times.Even() or times.LogSNR(); got {times!r}.")
         if t is None:

@@ -1518,6 +1518,26 @@ MUTANTS = [
         ("totals.var(0) / len(totals) if", "totals.var(0) if"),
         ("(variance + reconstruction.var(0) / samples).sqrt()", "(variance + reconstruction.var(0)).sqrt()"),
     ),
+    *_of(
+        "runs",
+        "discrete",
+        (
+            "known[(grid[:, None] - known).abs().argmin(1)]).flip(0)",
+            "known[(grid[:, None] - known).abs().argmax(1)]).flip(0)",
+        ),
+        ("    if known is None:\n        return grid\n", "    return grid\n"),
+    ),
+    *_of(
+        "weightings",
+        "discrete",
+        ("chosen.law if known is None else chosen.chain(known)", "chosen.law"),
+        ("Weighting(_vlb, Steps(), chain=Steps)", "Weighting(_vlb, Steps())"),
+    ),
+    *_of(
+        "model",
+        "discrete",
+        ("or self.time(chain[:1]).is_floating_point():", "or False:"),
+    ),
 ]
 
 

@@ -43,9 +43,9 @@ def test_a_time_outside_the_table_is_refused(method, t):
 def test_a_solver_that_asks_between_the_steps_is_told_what_to_write():
     strict = sd.ScoreModel(network, CHAIN, time=CHAIN.timestep)
     with pytest.raises(sd.TimeError, match=r"times=chain\.times or rows of it"):
-        sd.sample(strict, (2, 3), steps=7, seed=0)
+        sd.sample(strict, (2, 3), steps=7, seed=0, solver=sd.RungeKutta("midpoint"))
     free = sd.ScoreModel(network, CHAIN, time=CHAIN.nearest_timestep)
-    assert sd.sample(free, (2, 3), steps=7, seed=0).x.isfinite().all()
+    assert sd.sample(free, (2, 3), steps=7, seed=0, solver=sd.RungeKutta("midpoint")).x.isfinite().all()
     assert sd.sample(strict, (2, 3), times=CHAIN.times, solver=sd.DDPM(), seed=0).x.isfinite().all()
 
 
@@ -204,3 +204,64 @@ def test_sampled_moments_tend_to_the_data_at_order_one():
 def test_bad_input_gets_a_sentence(make, message):
     with pytest.raises(sd.OptionError, match=message):
         make()
+
+
+# A network that counts the steps of a chain works with no more said.
+
+
+class Counting(torch.nn.Module):
+    """Whole steps in, and a record of those that it saw."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.table = torch.nn.Embedding(steps, 2)
+        self.seen = []
+
+    def forward(self, x, step):
+        self.seen.append(step)
+        return x + self.table(step)
+
+
+@pytest.mark.parametrize("weighting", ["simple", "vlb", "likelihood", "min_snr", "edm"])
+def test_training_shows_a_counting_network_the_steps_of_its_chain_equally_often(weighting):
+    chain = sd.DiscreteVP.linear_betas(20, 1e-3, 0.3)
+    network = Counting(20)
+    model = sd.ScoreModel(network, chain, time=chain.timestep)
+    losses = sd.losses.denoising(model, torch.randn(4000, 2), weighting=weighting)
+    assert losses.isfinite().all()
+    counts = torch.bincount(torch.cat(network.seen), minlength=20)
+    shown = counts[1:] if weighting == "vlb" else counts  # the step to the data is the decoder's
+    assert (shown - 4000 / len(shown)).abs().max() <= 1
+
+
+def test_the_default_grid_of_a_counting_network_is_a_sub_sequence_of_its_chain():
+    chain = sd.DiscreteVP.linear_betas(50, 1e-3, 0.2)
+    network = Counting(50)
+    model = sd.ScoreModel(network, chain, time=chain.timestep)
+    for solver in (None, sd.DDPM(), sd.DDIM(), sd.UniPC()):
+        solution = sd.sample(model, (3, 2), solver=solver, steps=12, seed=0)
+        assert set(solution.times.tolist()) <= set(chain.times.tolist())
+        assert solution.times[0] == 1
+        assert solution.times[-1] == chain.t_min
+        assert 10 <= len(solution.times) <= 13
+        assert (solution.times.diff() < 0).all()
+    assert sd.encode(model, solution.x, steps=12).times.tolist() == sorted(sd.encode(model, solution.x, steps=12).times)
+    rounded = sd.ScoreModel(network, chain, time=chain.nearest_timestep)
+    for choice in (model, rounded):
+        assert torch.equal(sd.sample(choice, (3, 2), steps=12, seed=0).x, sd.sample(model, (3, 2), steps=12, seed=0).x)
+
+
+def test_a_network_of_continuous_time_is_left_alone():
+    chain = sd.DiscreteVP.linear_betas(50, 1e-3, 0.2)
+    model = sd.ScoreModel(lambda x, t: x, chain, time=lambda t: 999 * t)
+    assert model.known_times is None
+    assert sd.ScoreModel(lambda x, t: x, sd.VP(), time=lambda t: (t * 10).long()).known_times is None
+    times = sd.sample(model, (3, 2), steps=12, seed=0).times
+    assert torch.equal(times, sd.Exponential().grid(model, 12))
+
+
+def test_fit_trains_a_counting_network_as_it_is():
+    chain = sd.DiscreteVP.linear_betas(20, 1e-3, 0.3)
+    model = sd.ScoreModel(Counting(20), chain, time=chain.timestep)
+    trained = sd.fit(model, torch.randn(64, 2), steps=3, batch_size=16, progress=False, seed=0)
+    assert trained.losses.isfinite().all()
