@@ -6,9 +6,15 @@ With `gamma = -log SNR` and `z_t = alpha x + sigma eps`, minus the variational b
     diffusion = 1/2 int gamma'(t) E|eps - epshat(z_t)|^2 dt                           in continuous time,
     diffusion = T/2 E_i expm1(gamma(t_i) - gamma(t_(i-1))) |eps - epshat(z_(t_i))|^2   in T equal steps of t,
 
-with one time a row for the expectation over t, drawn evenly over the span (low discrepancy). `p(x | z_0)` is a decoder
-for discrete data, `N(xhat(z_0), s^2 I)` without one. The KL against the SDE's prior `N(0, sigma_T^2 I)` is
-`snr(t_max) |x|^2 / 2`.
+with one time a row for the expectation over t, drawn evenly over the span (low discrepancy). It is computed as it is in
+`sdediff.noised`, by what stays finite where alpha = 0: the error in `v = (alpha eps - sigma x) / sqrt(alpha^2 +
+sigma^2)` and the clock `u = log(1 + snr)`,
+
+    |eps - epshat|^2 = |v - vhat|^2 snr / (1 + snr),    gamma' snr / (1 + snr) = -u',
+    expm1(gamma(t) - gamma(s)) snr(t) / (1 + snr(t)) = expm1(u(s) - u(t)).
+
+`p(x | z_0)` is a decoder for discrete data, `N(xhat(z_0), s^2 I)` without one. The KL against the SDE's prior
+`N(0, sigma_T^2 I)` is `snr(t_max) |x|^2 / 2`.
 
 In continuous time, by the change of variables from t to gamma, the integral depends on the schedule through its ends
 only, and its one-point estimate L through all of it. So the ends are learned by the loss like any weight, and the
@@ -35,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from sdediff.decoders import Decoder
-from sdediff.errors import OptionError, TimeError
+from sdediff.errors import CapabilityError, OptionError, TimeError
 from sdediff.learned import LearnedVP
 from sdediff.linear import LinearSDE, as_linear
 from sdediff.losses import denoising
@@ -93,8 +99,9 @@ def variational(
 
     Raises:
         OptionError: steps < 1, or x0 that the decoder refuses.
-        TimeError: a time outside the span, or nearer to t_min than a step.
+        TimeError: a time outside [t_min, t_max], or nearer to t_min than a step; an SDE without noise at t_min.
         ShapeError: t without one time per row.
+        CapabilityError: alpha is 0 at one of the times, where the model says nothing of the data.
     """
     check_state(x0, "x0")
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
@@ -106,32 +113,65 @@ def variational(
     if t is None:
         u = low_discrepancy(len(x0), generator=generator)
         t = sde.t_min + span * (u if steps is None else ((u * steps).floor() + 1) / steps)
-    clock = as_time(t)
+    clock = per_row(as_time(t), x0)
+    _check_times(model, clock)
     noise = _drawn(noise, x0, generator)
     noise_0 = _drawn(noise_0, x0, generator)
-    errors = math.prod(x0.shape[1:]) * denoising(model, x0, t=clock, noise=noise, condition=condition)
-    rise = span * _slope(sde, clock) if steps is None else steps * _rise(sde, clock, span / steps)
+    errors = _errors(model, clock, x0, noise, condition)
+    fall = span * _slope(sde, clock) if steps is None else steps * _fall(sde, clock, span / steps)
     last = sde.log_snr(torch.tensor(sde.t_max, dtype=torch.float64)).exp()
     prior = (last / 2).to(x0) * sum_rows(x0**2)
     bound = model if condition is None else model.given(condition)
-    return Variational(prior, _reconstruction(bound, x0, noise_0, decoder), over(rise / 2, errors) * errors)
+    return Variational(prior, _reconstruction(bound, x0, noise_0, decoder), over(fall / 2, errors) * errors)
 
 
 def _drawn(noise: State | None, x0: State, generator: torch.Generator | None) -> State:
     return torch.randn(x0.shape, dtype=x0.dtype, generator=generator).to(x0.device) if noise is None else noise
 
 
+def _check_times(model: ScoreModel, t: Tensor) -> None:
+    sde = model.linear
+    slack = SLACK * sde.t_max
+    outside = ~((t >= sde.t_min - slack) & (t <= sde.t_max + slack))
+    if bool(outside.any()):
+        raise TimeError(
+            f"t = {t[outside][0].item():g} lies outside the span [{sde.t_min:g}, {sde.t_max:g}] of {sde}, over which "
+            "the bound is taken."
+        )
+    ends = torch.tensor([sde.t_min], dtype=torch.float64)
+    if not bool(sde.scales_at(ends)[1] > 0):
+        raise TimeError(f"{sde} has no noise at t_min = {sde.t_min:g}, where no bound is finite: raise its t_min.")
+    if model.blind_in_noise:
+        blind = t[sde.scales_at(t)[0] == 0]
+        if len(blind):
+            raise CapabilityError(
+                f"At t = {blind[0].item():g} alpha is 0, where a model that predicts {model.prediction!r} says nothing "
+                "of the data: use a model that predicts 'data' or 'v', or an SDE whose t_max lies before."
+            )
+
+
+def _errors(model: ScoreModel, t: Tensor, x0: State, noise: State, condition: Any) -> PerRow:
+    """`|v - vhat|^2` at `z = alpha x0 + sigma noise`."""
+    alpha, sigma = model.linear.scales_at(t)
+    unit = (alpha**2 + sigma**2).rsqrt()
+    z = model.linear.perturb(t, x0, noise)
+    true = over(unit * alpha, x0) * noise - over(unit * sigma, x0) * x0
+    return sum_rows((model.combine(t, z, -unit * sigma, unit * alpha, condition=condition) - true) ** 2)
+
+
 def _slope(sde: LinearSDE, t: Tensor) -> Tensor:
-    """`gamma'(t) = g^2 / sigma^2`."""
-    return (sde.rates(t)[1] / sde.scales_at(t)[1]) ** 2
+    """`-u'(t)`."""
+    (alpha, sigma), (d_alpha, d_sigma) = sde.scales_at(t), sde.scale_rates(t)
+    return 2 * alpha / sigma * (alpha * d_sigma - sigma * d_alpha) / (alpha**2 + sigma**2)
 
 
-def _rise(sde: LinearSDE, t: Tensor, step: float) -> Tensor:
-    """`expm1(gamma(t) - gamma(t - step))`."""
+def _fall(sde: LinearSDE, t: Tensor, step: float) -> Tensor:
+    """`expm1(u(t - step) - u(t))`."""
     early = t - step
     if not bool((early >= sde.t_min - SLACK * sde.t_max).all()):
         raise TimeError(f"Times must be at least one step, {step:g}, after t_min = {sde.t_min:g}; got {t.min():g}.")
-    return torch.expm1(sde.log_snr(early.clamp(min=sde.t_min)) - sde.log_snr(t))
+    before, after = (sde.scales_at(s) for s in (early.clamp(min=sde.t_min), t))
+    return torch.expm1(torch.log1p((before[0] / before[1]) ** 2) - torch.log1p((after[0] / after[1]) ** 2))
 
 
 def _reconstruction(model: ScoreModel, x0: State, noise: State, decoder: Decoder | None) -> PerRow:
