@@ -102,7 +102,8 @@ def train(
         checkpoint: a folder; the run resumes from it if it is there, and writes to it every `checkpoint_every` steps
             and at the end.
         progress: whether to show a bar with the loss and the rate.
-        identity: what else must be the same for a checkpoint to be of this run; numbers and words.
+        identity: what else must be the same for a checkpoint to be of this run; numbers and words. If None, the
+            module's own attribute `identity`, such as `VDM.identity`, or the name of its class.
         beside: writes more into the checkpoint; called with the folder while the module holds its averaged weights.
 
     Returns:
@@ -139,7 +140,7 @@ def train(
         "batch_size": batch_size, "lr": lr, "ema": ema, "clip": clip, "warmup": warmup, "decay": decay,
         "rows": len(items), "data": _digest(data), "optimizer": type(adapt).__name__,
         "condition": condition is not None,
-    } | dict(identity or {"module": type(module).__name__})  # fmt: skip
+    } | dict(identity or getattr(module, "identity", None) or {"module": type(module).__name__})  # fmt: skip
     if decay:
         settings["steps"] = steps
     folder = None if checkpoint is None else Path(checkpoint)

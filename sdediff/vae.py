@@ -39,7 +39,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -47,7 +47,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sdediff.chains import DenoisedPosterior, Denoiser, LinearGaussian, posteriors
-from sdediff.errors import CapabilityError, OptionError, ShapeError
+from sdediff.errors import CapabilityError, OptionError, ShapeError, TimeError
 from sdediff.gaussians import DiagonalGaussian, gaussian_of
 from sdediff.model import ScoreModel
 from sdediff.noise import Noise, NoiseStream, RowNoise
@@ -157,13 +157,20 @@ class HierarchicalVAE(nn.Module):
             event: shape of an event; only `sample` asks for it.
 
         Raises:
-            TimeError, CapabilityError, OptionError: times that do not fall or lie outside the span, an SDE that is
-                not linear, a model that is blind at an alpha of 0, a last time without noise.
+            TimeError, CapabilityError: times that do not fall or lie outside the span, a last time without noise, an
+                SDE that is not linear or that still learns, a model that is blind at an alpha of 0.
         """
         sde, grid = model.linear, as_time(times).detach().cpu()
+        if isinstance(sde, nn.Module) and any(p.requires_grad for p in sde.parameters()):
+            raise CapabilityError(
+                f"The chain is fixed when it is made, but {sde} still learns: write sde.requires_grad_(False) first, "
+                "or train its schedule by sd.VDM."
+            )
         check_grid(grid, direction=-1)
         sde.check_span(grid, "times")
         alpha, sigma = sde.scales_at(grid.flip(0))
+        if not float(sigma[0]) > 0:
+            raise TimeError(f"{sde} has no noise at t = {grid[-1]:g}, where no bound is finite: end the times later.")
         if model.blind_in_noise and float(alpha[-1]) == 0:
             raise CapabilityError(
                 f"At t = {grid[0]:g} alpha is 0, where a model that predicts {model.prediction!r} says nothing of the "
@@ -181,6 +188,15 @@ class HierarchicalVAE(nn.Module):
             latent=event,
             prior_std=sigma[-1].item(),
         )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint of `sd.train` to be of this run."""
+        stated = is_dataclass(self.likelihood)  # any other repr may be an address
+        return {
+            "module": type(self).__name__, "layers": len(self.encoder), "prior_std": self.prior_std,
+            "likelihood": repr(self.likelihood) if stated else type(self.likelihood).__name__,
+        }  # fmt: skip
 
     # Bounds.
 

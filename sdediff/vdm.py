@@ -23,8 +23,9 @@ curve between them by the variance of L. As E L does not depend on the curve, th
     d/deta mean_i L_i^2 = mean_i 2 L_i dL_i / deta.
 
 Each row has its own time, so that `dL_i / deta` passes through the values gamma(t_i) and gamma'(t_i) of that row alone:
-`VDM.loss` scales what arrives there by 2 L_i, and one backward pass gives the network and the ends the gradient of the
-loss, and the curve that of the mean square. The best curve spends on each gamma time in proportion to the root mean
+`VDM.loss` scales what arrives there by L_i over the batch's mean of L, a factor of mean 1, and one backward pass gives
+the network and the ends the gradient of the loss, and the curve that of `mean L^2 / (2 mean L)` with the mean below
+held fixed: the direction of the mean square's, in nats as all the rest, so that one clipping norm fits both. The best curve spends on each gamma time in proportion to the root mean
 square of the error: `1 / gamma' ~ sqrt(E|eps - epshat|^4)` at gamma.
 
 Reference: Kingma et al., Variational Diffusion Models, 2021 (arXiv:2107.00630), section 4 and appendix I.
@@ -196,6 +197,7 @@ class VDM(nn.Module):
         time: what the network sees of the noise level, a function of `gamma = -log SNR` (float64, `(batch,)`); sigma
             if None, or what an "edm" network sees.
         steps: number of equal steps of t that the loss is for; None for continuous time.
+        sigma_data: standard deviation of the data that "edm" assumes.
 
     Raises:
         OptionError: the network is no `nn.Module`, the decoder no `Decoder`, or steps < 1.
@@ -210,6 +212,7 @@ class VDM(nn.Module):
         prediction: str = "noise",
         time: Callable[[Tensor], Tensor] | None = None,
         steps: int | None = None,
+        sigma_data: float = 0.5,
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
@@ -223,6 +226,7 @@ class VDM(nn.Module):
         self.network = network
         self.sde = as_linear(sde)
         self.decoder, self.prediction, self.time, self.steps = decoder, prediction, time, steps
+        self.sigma_data = sigma_data
         _ = self.model  # refuses an unknown prediction now
 
     @property
@@ -230,17 +234,28 @@ class VDM(nn.Module):
         """The network and the schedule as they are, as a model for `sample`, `elbo` and all else."""
         return self._on(self.sde)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint of `sd.train` to be of this run."""
+        return {
+            "module": type(self).__name__, "network": type(self.network).__name__, "prediction": self.prediction,
+            "loss_steps": self.steps, "decoder": repr(self.decoder), "time": self.time is not None,
+            "sigma_data": self.sigma_data, "sde": type(self.sde).__name__ if isinstance(self.sde, LearnedVP) else repr(self.sde),
+            "span": [self.sde.t_min, self.sde.t_max],
+        }  # fmt: skip
+
     def _on(self, sde: LinearSDE) -> ScoreModel:
         if self.time is not None:
             of_gamma = self.time
-            return ScoreModel(self.network, sde, self.prediction, lambda t: of_gamma(-sde.log_snr(t)))
-        return ScoreModel(self.network, sde, self.prediction, None if self.prediction == "edm" else sde.sigma)
+            return ScoreModel(self.network, sde, self.prediction, lambda t: of_gamma(-sde.log_snr(t)), self.sigma_data)
+        seen = None if self.prediction == "edm" else sde.sigma
+        return ScoreModel(self.network, sde, self.prediction, seen, self.sigma_data)
 
     def loss(self, x0: State, condition: Any = None, **options: Any) -> PerRow:
         """Minus the bound of every row, `(batch,)`, nats; its mean's gradient trains the curve to less variance.
 
         Gradients of the mean to the network and the ends of a `LearnedVP` are those of the mean; what the curve
-        between the ends gets is the gradient of the mean square of the diffusion term.
+        between the ends gets is the gradient of the mean square of the diffusion term, over twice its mean.
 
         Args:
             options: t, noise, noise_0 and generator of `variational`.
@@ -257,11 +272,12 @@ class VDM(nn.Module):
 
 
 class _Square:
-    """Makes of the gradient of each row's value that of its square."""
+    """Makes of the gradient of each row's value that of its square, over twice the mean of all values."""
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
 
     def __call__(self, gradient: Tensor) -> Tensor:
         assert self.value is not None
-        return 2 * self.value.to(gradient) * gradient
+        share = self.value / self.value.mean().clamp(min=torch.finfo(self.value.dtype).tiny)
+        return share.to(gradient) * gradient

@@ -1120,7 +1120,7 @@ MUTANTS = [
             "return -size / 2 * (errors + over(math.log(2 * math.pi) - sde.log_snr(t), errors))",
             "return -size / 2 * (errors + over(math.log(2 * math.pi) + sde.log_snr(t), errors))",
         ),
-        ("return 2 * self.value.to(gradient) * gradient", "return self.value.to(gradient) * gradient"),
+        ("share = self.value / self.value.mean()", "share = 2 * self.value / self.value.mean()"),
         ("square.value = parts.diffusion.detach()", "square.value = parts.total.detach()"),
         ("model = self._on(self.sde.scaled(square))", "model = self._on(self.sde)"),
         ("lambda t: of_gamma(-sde.log_snr(t))", "lambda t: of_gamma(sde.log_snr(t))"),

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 import sdediff as sd
-from sdediff.errors import CapabilityError, OptionError, ShapeError, TimeError
+from sdediff.errors import CapabilityError, CheckpointError, OptionError, ShapeError, TimeError
 from sdediff.gaussians import kl_divergence
 from sdediff.networks import GaussianMLP
 from sdediff.testing import linear_sdes, time_grids
@@ -561,12 +561,36 @@ def test_a_linear_vae_learns_probabilistic_pca():
     assert best - 0.02 < bound.mean().item() < best + 0.002
 
 
+def test_a_frozen_schedule_makes_a_chain():
+    sde = sd.LearnedVP(gamma_min=-4.0, gamma_max=3.0)
+    model, x = mixture().model(sde.requires_grad_(False)), mixture().sample(4, seed=0)
+    times = torch.linspace(1.0, 1e-3, 5, dtype=F64)
+    vae = HierarchicalVAE.from_diffusion(model, times)
+    found, expected = vae.denoising_elbo(x, samples=400, seed=0), sd.elbo(model, x, times=times, samples=64, seed=1)
+    assert ((found.total - expected.total).abs() < 4 * (found.stderr**2 + expected.stderr**2).sqrt()).all()
+
+
+def test_a_checkpoint_is_of_one_vae(tmp_path):
+    def run(**options):
+        vae = sd.VAE(GaussianMLP((2,), (1,), 4), GaussianMLP((1,), (2,), 4), **options)
+        sd.train(vae, vae.loss, torch.zeros(4, 2), steps=1, batch_size=4, seed=0, checkpoint=tmp_path, progress=False)
+
+    run()
+    run(likelihood=sd.GaussianLikelihood(), prior_std=1)
+    with pytest.raises(CheckpointError, match=r"prior_std was 1\.0, now 2\.0"):
+        run(prior_std=2.0)
+    with pytest.raises(CheckpointError, match=r"likelihood was 'GaussianLikelihood\(\)', now 'CategoricalLikelihood"):
+        run(likelihood=sd.CategoricalLikelihood(4))
+    assert affine_vae(0, (2, 2, 1)).identity["layers"] == 2
+
+
 # Bad input
 
 LINE = affine_vae(0, (2, 1))
 DEEP = affine_vae(0, (2, 2, 1))
 X = torch.zeros(3, 2, dtype=F64)
 FLOW = scalar_target().model(sd.RectifiedFlow(t_max=1.0))
+LEARNS = sd.ScoreModel(lambda x, t: x, sd.LearnedVP())
 BLIND = sd.ScoreModel(lambda x, t: x, sd.RectifiedFlow(t_max=1.0))
 STD = nn.Module()
 SIX = sd.CategoricalLikelihood(6)
@@ -632,7 +656,8 @@ def wrong(encoder):
         (lambda: HierarchicalVAE.from_diffusion(FLOW, [0.5]), TimeError, ["at least two", "(1,)"]),
         (lambda: HierarchicalVAE.from_diffusion(FLOW, [0.1, 0.5]), TimeError, ["decreasing", "0.1", "0.5"]),
         (lambda: HierarchicalVAE.from_diffusion(FLOW, [2.0, 0.5]), TimeError, ["2"]),
-        (lambda: HierarchicalVAE.from_diffusion(FLOW, [1.0, 0.0]), OptionError, ["positive std", "0.0"]),
+        (lambda: HierarchicalVAE.from_diffusion(FLOW, [1.0, 0.0]), TimeError, ["no noise at t = 0", "end the times"]),
+        (lambda: HierarchicalVAE.from_diffusion(LEARNS, [1.0, 0.5]), CapabilityError, ["still learns", "sd.VDM"]),
         (lambda: HierarchicalVAE.from_diffusion(BLIND, [1.0, 0.5]), CapabilityError, ["alpha is 0", "'noise'"]),
     ],
 )

@@ -1,6 +1,7 @@
 """Variational diffusion models: the loss in closed form, its gradients, and a variance that falls."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 
 import sdediff as sd
 from sdediff.decoders import DiscretizedGaussian, Softmax
-from sdediff.errors import CapabilityError, OptionError, SDEError, ShapeError, TimeError
+from sdediff.errors import CapabilityError, CheckpointError, OptionError, SDEError, ShapeError, TimeError
 from sdediff.networks import MLP, FourierFeatures
 
 F64 = torch.float64
@@ -220,6 +221,7 @@ def test_times_are_even_and_drawn_by_the_generator():
 @pytest.mark.parametrize("steps", [None, 6])
 @pytest.mark.parametrize("decoder", [None, Softmax(5), DiscretizedGaussian(5)])
 def test_one_backward_pass_gives_the_curve_the_mean_square_and_all_else_the_mean(steps, decoder):
+    """The mean square over twice the mean of the diffusion term as it is now."""
     torch.manual_seed(0)
     vdm = sd.VDM(
         MLP((2,), 8, 1).double(), shaped(hidden=2, size=0.3, gamma_min=-4.0, gamma_max=3.0), decoder, steps=steps
@@ -237,9 +239,13 @@ def test_one_backward_pass_gives_the_curve_the_mean_square_and_all_else_the_mean
     def mean():
         return vdm.loss(x, **given).mean().item()
 
+    def diffusion():
+        return sd.variational(vdm.model, x, decoder=decoder, steps=steps, **given).diffusion.detach()
+
+    now = diffusion().mean()
+
     def mean_square():
-        parts = sd.variational(vdm.model, x, decoder=decoder, steps=steps, **given)
-        return parts.diffusion.square().mean().item()
+        return (diffusion().square().mean() / (2 * now)).item()
 
     step = 1e-5
     for name, p in vdm.named_parameters():
@@ -271,7 +277,8 @@ def test_the_curve_hears_of_the_time_that_the_network_sees_too():
     for time in (None, lambda gamma: gamma / 3):
         vdm = sd.VDM(Seen(), sde, time=time)
         found = torch.autograd.grad(vdm.loss(x, t=t, noise=noise, noise_0=noise).mean(), sde.curve.shifts)[0]
-        square = sd.variational(vdm.model, x, t=t, noise=noise, noise_0=noise).diffusion.square().mean()
+        values = sd.variational(vdm.model, x, t=t, noise=noise, noise_0=noise).diffusion
+        square = values.square().mean() / (2 * values.detach().mean())
         torch.testing.assert_close(found, torch.autograd.grad(square, sde.curve.shifts)[0])
 
 
@@ -385,6 +392,48 @@ def test_ends_network_and_curve_are_learned_together():
     assert low > -6.0, "noise that no code can be told apart by costs, and buys nothing"
     drawn = sd.sample(vdm.model, (64, 2), seed=0).x
     assert decoder.sample(vdm.model, 1e-3, drawn, seed=0).shape == (64, 2)
+
+
+def test_clipping_leaves_the_network_its_share_of_the_gradient():
+    """The curve's gradient is of the size of the rest, so that a norm for both hardly slows the network."""
+    moved, x = [], mixture().sample(512, seed=2).float()
+    for clip in ({"clip": None}, {}):
+        torch.manual_seed(0)
+        vdm = sd.VDM(MLP((6,), 16, 1), sd.LearnedVP(hidden=8))
+        before = nn.utils.parameters_to_vector(vdm.network.parameters()).detach().clone()
+        sd.train(vdm, vdm.loss, x, steps=60, lr=1e-2, ema=0.0, warmup=1, seed=0, progress=False, **clip)
+        moved.append(nn.utils.parameters_to_vector(vdm.network.parameters()).detach() - before)
+    share = sum(p.grad.square().sum() for p in vdm.network.parameters()).sqrt()
+    assert share > 0.1, "of a gradient of norm 1; 0.005 beside the gradient of the mean square itself"
+    assert torch.cosine_similarity(*moved, dim=0) > 0.97
+    assert 0.9 < moved[1].norm() / moved[0].norm() < 1.1
+
+
+def test_a_checkpoint_is_of_one_setting(tmp_path):
+    def run(*options, **named):
+        vdm = sd.VDM(MLP((2,), 8, 1), *options, **named)
+        x = Softmax(5).points(torch.zeros(4, 2, dtype=torch.long))
+        sd.train(vdm, vdm.loss, x, steps=1, batch_size=4, seed=0, checkpoint=tmp_path, progress=False)
+
+    run(sd.LearnedVP(gamma_max=3.0), Softmax(5))
+    run(sd.LearnedVP(gamma_max=4.0), Softmax(5))  # its ends are learned: those of the checkpoint
+    for options, named, said in (
+        ((sd.LearnedVP(), Softmax(5)), {"prediction": "v"}, "prediction was 'noise', now 'v'"),
+        ((sd.LearnedVP(), Softmax(5)), {"steps": 4}, "loss_steps was None, now 4"),
+        ((sd.LearnedVP(), DiscretizedGaussian(5)), {}, "decoder was 'Softmax"),
+        ((sd.LearnedVP(t_max=2.0), Softmax(5)), {}, "span was"),
+        ((sd.VP(), Softmax(5)), {}, "sde was 'LearnedVP', now 'VP"),
+        ((sd.LearnedVP(), Softmax(5)), {"sigma_data": 1.0}, "sigma_data was 0.5, now 1.0"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            run(*options, **named)
+
+
+def test_edm_is_told_the_deviation_of_the_data():
+    vdm = sd.VDM(MLP((2,), 8, 1), sd.VP(), prediction="edm", sigma_data=2.0)
+    assert vdm.model.sigma_data == 2.0
+    with pytest.raises(OptionError, match="sigma_data must be positive"):
+        sd.VDM(MLP((2,), 8, 1), sd.VP(), prediction="edm", sigma_data=-1.0)
 
 
 def test_any_linear_sde_serves_and_stays_as_it_is():
