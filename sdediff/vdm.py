@@ -25,8 +25,9 @@ curve between them by the variance of L. As E L does not depend on the curve, th
 Each row has its own time, so that `dL_i / deta` passes through the values gamma(t_i) and gamma'(t_i) of that row alone:
 `VDM.loss` scales what arrives there by L_i over the batch's mean of L, a factor of mean 1, and one backward pass gives
 the network and the ends the gradient of the loss, and the curve that of `mean L^2 / (2 mean L)` with the mean below
-held fixed: the direction of the mean square's, in nats as all the rest, so that one clipping norm fits both. The best curve spends on each gamma time in proportion to the root mean
-square of the error: `1 / gamma' ~ sqrt(E|eps - epshat|^4)` at gamma.
+held fixed: the direction of the mean square's, in nats as all the rest, so that one clipping norm fits both. The best
+curve spends on each gamma time in proportion to the root mean square of the error: `1 / gamma' ~ sqrt(E|eps -
+epshat|^4)` at gamma.
 
 Reference: Kingma et al., Variational Diffusion Models, 2021 (arXiv:2107.00630), section 4 and appendix I.
 """
@@ -41,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdediff.decoders import Decoder
+from sdediff.decoders import Decoder, check_decoder, decoded
 from sdediff.errors import CapabilityError, OptionError, TimeError
 from sdediff.learned import LearnedVP
 from sdediff.linear import LinearSDE, as_linear
@@ -180,7 +181,7 @@ def _reconstruction(model: ScoreModel, x0: State, noise: State, decoder: Decoder
     sde = model.linear
     t = per_row(torch.tensor(sde.t_min, dtype=torch.float64), x0)
     if decoder is not None:
-        return decoder.log_prob(model, t, x0, sde.perturb(t, x0, noise))
+        return decoded(decoder, model, t, x0, sde.perturb(t, x0, noise))
     size = math.prod(x0.shape[1:])
     errors = denoising(model, x0, t=t, noise=noise)  # |x - xhat|^2 / s^2 = |eps - epshat|^2
     return -size / 2 * (errors + over(math.log(2 * math.pi) - sde.log_snr(t), errors))
@@ -217,10 +218,8 @@ class VDM(nn.Module):
         super().__init__()
         if not isinstance(network, nn.Module):
             raise OptionError(f"VDM trains a network that is a torch.nn.Module; got {type(network).__name__}.")
-        if decoder is not None and not isinstance(decoder, Decoder):
-            raise OptionError(
-                f"decoder must be one of sdediff.decoders, such as Softmax(levels=256), or None; got {decoder!r}."
-            )
+        if decoder is not None:
+            check_decoder(decoder)
         if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
             raise OptionError(f"VDM needs a whole number of steps >= 1, or None for continuous time; got {steps!r}.")
         self.network = network
@@ -240,7 +239,8 @@ class VDM(nn.Module):
         return {
             "module": type(self).__name__, "network": type(self.network).__name__, "prediction": self.prediction,
             "loss_steps": self.steps, "decoder": repr(self.decoder), "time": self.time is not None,
-            "sigma_data": self.sigma_data, "sde": type(self.sde).__name__ if isinstance(self.sde, LearnedVP) else repr(self.sde),
+            "sigma_data": self.sigma_data,
+            "sde": type(self.sde).__name__ if isinstance(self.sde, LearnedVP) else repr(self.sde),
             "span": [self.sde.t_min, self.sde.t_max],
         }  # fmt: skip
 
