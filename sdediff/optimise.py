@@ -12,6 +12,7 @@ sampler of times among them. The loss is a function of a batch, and may use the 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -112,7 +113,8 @@ def train(
     Raises:
         OptionError, ShapeError: an argument does not fit.
         CheckpointError: the checkpoint is damaged or belongs to another run.
-        DivergenceError: the loss became NaN or infinite; names the step and the rows of its batch.
+        DivergenceError: the loss became NaN or infinite; names the step and the rows of its batch. Or its gradient did;
+            names the step.
     """
     if not isinstance(module, nn.Module):
         raise OptionError(f"Training needs a torch.nn.Module; got {type(module).__name__}.")
@@ -167,8 +169,7 @@ def train(
             mean = values.mean()
             adapt.zero_grad(set_to_none=True)
             mean.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            if clip is not None:
-                nn.utils.clip_grad_norm_(parameters, clip)
+            norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
             losses.append(mean.item())
             if not torch.isfinite(values).all():
                 rows = (~values.isfinite()).nonzero()[:, 0].tolist()
@@ -178,6 +179,14 @@ def train(
                     step=k,
                     time=None,
                     rows=rows,
+                )
+            if not torch.isfinite(norm):
+                raise DivergenceError(
+                    "The gradient of a finite training loss is NaN or infinite",
+                    "The loss has no slope there, as a square root at 0: add a small number inside.",
+                    step=k,
+                    time=None,
+                    rows=[],
                 )
             adapt.step()
             _average(averaged, module, ema, k)
