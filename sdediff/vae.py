@@ -47,11 +47,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sdediff.chains import DenoisedPosterior, Denoiser, LinearGaussian, posteriors
+from sdediff.draws import mix
 from sdediff.errors import CapabilityError, OptionError, ShapeError, TimeError
 from sdediff.gaussians import DiagonalGaussian, gaussian_of
 from sdediff.model import ScoreModel
 from sdediff.noise import Noise, NoiseStream, RowNoise
 from sdediff.observation import GaussianLikelihood, Likelihood
+from sdediff.runs import evaluating
 from sdediff.sde import check_grid, fresh_seed
 from sdediff.shapes import PerRow, State, as_time, check_state, over, sum_rows
 
@@ -254,12 +256,13 @@ class HierarchicalVAE(nn.Module):
     def log_prob(
         self, x: State, *, samples: int = 100, seed: int | None = None, noise: Noise | None = None
     ) -> ImportanceLogProb:
-        """log p(x) from the weights of draws of the encoder.
+        """log p(x) from the weights of draws of the encoder, in evaluation mode as all that takes no gradient.
 
         Args:
             x, samples, seed, noise: as in `elbo`.
         """
-        weights = torch.stack([chain.log_weight for chain in self._chains(x, samples, seed, noise)])
+        with evaluating(self):
+            weights = torch.stack([chain.log_weight for chain in self._chains(x, samples, seed, noise)])
         total = weights.logsumexp(0)
         effective = (2 * total - (2 * weights).logsumexp(0)).exp()
         spread = (1 / effective - 1 / samples) * samples / (samples - 1) if samples > 1 else torch.nan * total
@@ -272,17 +275,19 @@ class HierarchicalVAE(nn.Module):
         """Latents z_1 to z_T of data x, each drawn given the one below; temperature multiplies every std."""
         check_state(x)
         _check_temperature(temperature)
-        return self._climb(x, _stream(seed), temperature)[1]
+        with evaluating(self):
+            return self._climb(x, _stream(seed, 31), temperature)[1]
 
     @torch.no_grad()
     def decode(self, z: State, *, layer: int | None = None, temperature: float = 1.0, seed: int | None = None) -> State:
         """`E[x | z_1]`, with z_1 drawn down the chain from a state z of a layer (1 to T; None is T)."""
-        return self.likelihood.mean(self._descend(z, self._layer(layer), _stream(seed), temperature))
+        with evaluating(self):
+            return self.likelihood.mean(self._descend(z, self._layer(layer), _stream(seed, 32), temperature))
 
     def reconstruct(self, x: State, *, layer: int = 1, temperature: float = 0.0, seed: int | None = None) -> State:
         """Data from their own latents of a layer: what that layer knows of them. Without noise, unless it is given."""
         z = self.encode(x, temperature=temperature, seed=seed)[self._layer(layer) - 1]
-        return self.decode(z, layer=layer, temperature=temperature, seed=None if seed is None else seed + 1)
+        return self.decode(z, layer=layer, temperature=temperature, seed=seed)
 
     @torch.no_grad()
     def sample(
@@ -314,7 +319,8 @@ class HierarchicalVAE(nn.Module):
             raise OptionError(f"Unknown final {final!r}: write 'mean' or 'draw'.")
         stream, like = _stream(seed), next(itertools.chain(self.parameters(), self.buffers()), torch.empty(0))
         top = stream.normal(torch.empty(n, *self.latent, dtype=dtype or like.dtype, device=like.device))
-        params = self._descend(temperature * self.prior_std * top, len(self.encoder), stream, temperature)
+        with evaluating(self):
+            params = self._descend(temperature * self.prior_std * top, len(self.encoder), stream, temperature)
         mean = self.likelihood.mean(params)
         return mean if final == "mean" else self.likelihood.draw(params, stream.normal(mean))
 
@@ -367,7 +373,7 @@ class HierarchicalVAE(nn.Module):
         check_state(x)
         if not isinstance(samples, int) or samples < 1:
             raise OptionError(f"samples must be a whole number >= 1; got {samples!r}.")
-        stream = _stream(seed, noise)
+        stream = _stream(seed) if noise is None else noise.open()
         return (self._chain(x, stream) for _ in range(samples))
 
     def _chain(self, x: State, stream: NoiseStream) -> _Chain:
@@ -462,8 +468,10 @@ class _Chain:
         return total
 
 
-def _stream(seed: int | None, noise: Noise | None = None) -> NoiseStream:
-    return (RowNoise(fresh_seed() if seed is None else seed) if noise is None else noise).open()
+def _stream(seed: int | None, *purpose: int) -> NoiseStream:
+    """Noise from the seed; for a purpose, independent of that for any other."""
+    seed = fresh_seed() if seed is None else seed
+    return RowNoise(mix(seed, *purpose) >> 2 if purpose else seed).open()
 
 
 def _check_temperature(temperature: float) -> None:

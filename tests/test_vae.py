@@ -561,6 +561,43 @@ def test_a_linear_vae_learns_probabilistic_pca():
     assert best - 0.02 < bound.mean().item() < best + 0.002
 
 
+def test_what_takes_no_gradient_is_in_evaluation_mode():
+    def half(inputs, outputs):
+        return nn.Sequential(nn.Dropout(0.5), GaussianMLP((inputs,), (outputs,), 4)).double()
+
+    torch.manual_seed(0)
+    vae = HierarchicalVAE([half(2, 2), half(2, 1)], [half(2, 2), half(1, 2)], latent=1)
+    for parameter in vae.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    vae.train()
+    x = normal(0, 5, 2)
+    for call in (
+        lambda: vae.log_prob(x, samples=2, seed=0).value,
+        lambda: vae.encode(x, seed=0)[1],
+        lambda: vae.decode(x[:, :1], seed=0),
+        lambda: vae.reconstruct(x, seed=0),
+        lambda: vae.interpolate(x, -x, 3),
+        lambda: vae.sample(5, seed=0),
+    ):
+        first = call()
+        assert torch.equal(first, call())
+        assert vae.training
+        assert vae.encoder[0][0].training
+    assert not torch.equal(vae.elbo(x, seed=0).total, vae.elbo(x, seed=0).total)
+
+
+def test_one_seed_is_other_noise_for_every_purpose():
+    """A chain of `N(0, 1)` in both directions shows its noise."""
+    noise = sd.LinearGaussian(0.0, 1.0)
+    vae = HierarchicalVAE([noise, noise], [sd.LinearGaussian(1.0, 1.0), noise], latent=1)
+    x = torch.zeros(2000, 1, dtype=F64)
+    seen = [*vae.encode(x, seed=0), vae.decode(x, seed=0), vae.sample(2000, seed=0, dtype=F64)]
+    seen += [vae.reconstruct(x, layer=2, temperature=1.0, seed=0) + 1e-9 * x]
+    assert torch.equal(seen.pop(), vae.decode(seen[1], seed=0))
+    correlations = torch.corrcoef(torch.cat(seen, 1).T) - torch.eye(4, dtype=F64)
+    assert correlations.abs().max() < 4.5 / 2000**0.5
+
+
 def test_a_frozen_schedule_makes_a_chain():
     sde = sd.LearnedVP(gamma_min=-4.0, gamma_max=3.0)
     model, x = mixture().model(sde.requires_grad_(False)), mixture().sample(4, seed=0)
