@@ -57,6 +57,8 @@ from sdediff.runs import evaluating
 from sdediff.sde import check_grid, fresh_seed
 from sdediff.shapes import PerRow, State, as_time, check_state, over, sum_rows
 
+_CAST = {torch.float32: "float()", torch.float64: "double()"}
+
 Path: TypeAlias = Callable[[State, State, float], State]
 """From two states and a number in [0, 1] to a state between them."""
 
@@ -120,6 +122,11 @@ class HierarchicalVAE(nn.Module):
         prior_std: float = 1.0,
     ) -> None:
         super().__init__()
+        if not hasattr(encoder, "__len__"):
+            raise OptionError(
+                f"A hierarchical VAE takes lists of modules, one a layer; got a {type(encoder).__name__}. Write "
+                "HierarchicalVAE([encoder], [decoder]) or VAE(encoder, decoder)."
+            )
         if len(encoder) < 1 or len(encoder) != len(decoder):
             raise OptionError(
                 "A hierarchical VAE of T >= 1 latents needs T encoders, from x to z_T, and T decoders, from z_1 -> x "
@@ -273,7 +280,7 @@ class HierarchicalVAE(nn.Module):
     @torch.no_grad()
     def encode(self, x: State, *, temperature: float = 1.0, seed: int | None = None) -> list[State]:
         """Latents z_1 to z_T of data x, each drawn given the one below; temperature multiplies every std."""
-        check_state(x)
+        self._check(x)
         _check_temperature(temperature)
         with evaluating(self):
             return self._climb(x, _stream(seed, 31), temperature)[1]
@@ -350,6 +357,18 @@ class HierarchicalVAE(nn.Module):
             raise OptionError(f"layer must be a whole number from 1 (next to the data) to {top}; got {layer!r}.")
         return top if layer is None else layer
 
+    def _check(self, x: State, name: str = "x") -> None:
+        """Refuse what the networks cannot take."""
+        check_state(x, name)
+        if len(x) == 0:
+            raise ShapeError(f"A VAE needs at least one row; got {name} with 0 rows.")
+        own = next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
+        if own != x.dtype:
+            raise ShapeError(
+                f"{name} is {x.dtype}, but the weights are {own}: write {name}.{_CAST.get(own, f'to({own})')}, or "
+                f"vae.{_CAST.get(x.dtype, f'to({x.dtype})')}."
+            )
+
     def _climb(
         self, x: State, stream: NoiseStream, temperature: float = 1.0
     ) -> tuple[list[DiagonalGaussian], list[State]]:
@@ -362,7 +381,7 @@ class HierarchicalVAE(nn.Module):
 
     def _descend(self, z: State, layer: int, stream: NoiseStream, temperature: float) -> Any:
         """What the likelihood takes, from a state of a layer."""
-        check_state(z, "z")
+        self._check(z, "z")
         _check_temperature(temperature)
         for t in range(layer - 1, 0, -1):
             way = gaussian_of(self.decoder[t](z), f"decoder[{t}]", rows=len(z))
@@ -370,7 +389,7 @@ class HierarchicalVAE(nn.Module):
         return self.decoder[0](z)
 
     def _chains(self, x: State, samples: int, seed: int | None, noise: Noise | None) -> Iterator[_Chain]:
-        check_state(x)
+        self._check(x)
         if not isinstance(samples, int) or samples < 1:
             raise OptionError(f"samples must be a whole number >= 1; got {samples!r}.")
         stream = _stream(seed) if noise is None else noise.open()
@@ -441,12 +460,13 @@ def slerp(a: State, b: State, u: float) -> State:
 
     Reference: Shoemake 1985, Animating rotation with quaternion curves.
     """
-    cosine = sum_rows(a * b) / (sum_rows(a * a) * sum_rows(b * b)).sqrt()
-    angle = cosine.clamp(-1, 1).acos()
-    straight = ~(angle.sin() > 1e-4)
-    safe = torch.where(straight, torch.ones_like(angle), angle)
-    first = torch.where(straight, torch.full_like(angle, 1 - u), ((1 - u) * safe).sin() / safe.sin())
-    second = torch.where(straight, torch.full_like(angle, u), (u * safe).sin() / safe.sin())
+    squares = sum_rows(a * a) * sum_rows(b * b)
+    empty = squares == 0
+    cosine = sum_rows(a * b) / torch.where(empty, 1, squares).sqrt()
+    straight = empty | ~(cosine.abs() < math.sqrt(1 - 1e-8))
+    safe = torch.where(straight, torch.zeros_like(cosine), cosine).acos()
+    first = torch.where(straight, torch.full_like(safe, 1 - u), ((1 - u) * safe).sin() / safe.sin())
+    second = torch.where(straight, torch.full_like(safe, u), (u * safe).sin() / safe.sin())
     return over(first, a) * a + over(second, b) * b
 
 

@@ -474,6 +474,15 @@ def test_rows_on_one_line_are_joined_by_it():
         torch.testing.assert_close(slerp(a, b, 0.25), lerp(a, b, 0.25))
 
 
+def test_gradients_of_the_arc_are_finite_on_one_line_too():
+    a = normal(0, 3, 4).requires_grad_()
+    b = (torch.tensor([[2.0], [-1.0], [0.0]], dtype=F64) * a.detach()).requires_grad_()
+    for gradient in torch.autograd.grad(slerp(a, b, 0.25).sum(), (a, b)):
+        assert bool(gradient.isfinite().all())
+    c = normal(1, 3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, c: slerp(a, c, 0.3), (a, c))
+
+
 # Likelihoods
 
 
@@ -491,6 +500,17 @@ def test_probabilities_of_all_codes_add_up_to_one():
     ends = torch.tensor([[-1.0, 1.0], [-1 + 1.99 / levels, 0.999]], dtype=F64)
     expected = logits.log_softmax(-1)[0, 0, 0] + logits.log_softmax(-1)[0, 1, -1]
     torch.testing.assert_close(likelihood.log_prob(logits.expand(2, 2, levels), ends), expected.expand(2))
+
+
+@pytest.mark.parametrize("levels", [3, 10, 17, 255, 256])
+def test_left_edges_fall_into_their_own_bins(levels):
+    codes = torch.arange(levels)
+    logits = torch.where(torch.eye(levels, dtype=torch.bool), 0.0, -1000.0)[:, None]
+    for dtype in (torch.float32, F64):
+        for left in (-1 + 2 * codes.to(dtype) / levels, (-1 + 2 * codes.double() / levels).to(dtype)):
+            assert bool((sd.CategoricalLikelihood(levels).log_prob(logits.to(dtype), left[:, None]) == 0).all())
+        inside = -1 + 2 * (codes.to(dtype) + 0.999) / levels
+        assert bool((sd.CategoricalLikelihood(levels).log_prob(logits.to(dtype), inside[:, None]) == 0).all())
 
 
 def test_draws_of_codes_have_their_probabilities():
@@ -630,6 +650,7 @@ FLOW = scalar_target().model(sd.RectifiedFlow(t_max=1.0))
 LEARNS = sd.ScoreModel(lambda x, t: x, sd.LearnedVP())
 BLIND = sd.ScoreModel(lambda x, t: x, sd.RectifiedFlow(t_max=1.0))
 STD = nn.Module()
+SINGLE = sd.VAE(GaussianMLP((2,), (2,), 4), GaussianMLP((2,), (2,), 4))
 SIX = sd.CategoricalLikelihood(6)
 
 
@@ -686,8 +707,16 @@ def wrong(encoder):
             ["decoder[1]", "(3, 2)", "(3, 3)"],
         ),
         (lambda: GaussianMLP((2,), (1,))(torch.zeros(3, 4)), ShapeError, ["GaussianMLP", "(2,)", "(4,)"]),
-        (lambda: SIX.log_prob(X, X), ShapeError, ["logits", "(3, 2, 6)", "(3, 2)"]),
+        (lambda: SIX.log_prob(X, X), ShapeError, ["logits", "(batch, *event, 6)", "(3, 2)"]),
         (lambda: SIX.log_prob((X, X), X), ShapeError, ["logits", "tuple"]),
+        (lambda: SIX.log_prob(torch.zeros(3, 1, 6), X), ShapeError, ["logits", "(3, 2, 6)", "(3, 1, 6)"]),
+        (lambda: SIX.mean((X, X)), ShapeError, ["logits", "(batch, *event, 6)", "tuple"]),
+        (lambda: SIX.draw(X, X), ShapeError, ["logits", "(3, 2)"]),
+        (lambda: LINE.elbo(X[:0]), ShapeError, ["at least one row", "0 rows"]),
+        (lambda: LINE.encode(X[:0]), ShapeError, ["at least one row", "0 rows"]),
+        (lambda: SINGLE.elbo(X), ShapeError, ["float64", "float32", "x.float()", "vae.double()"]),
+        (lambda: SINGLE.decode(X), ShapeError, ["float64", "float32"]),
+        (lambda: HierarchicalVAE(STD, STD), OptionError, ["lists of modules", "Module", "[encoder]", "VAE("]),
         (lambda: SIX.log_prob(torch.zeros(3, 2, 6), X + 4), OptionError, ["[-1, 1]", "4 to 4", "2 c + 1"]),
         (lambda: SIX.log_prob(torch.zeros(3, 2, 6), X + torch.nan), OptionError, ["[-1, 1]", "nan"]),
         (lambda: HierarchicalVAE.from_diffusion(FLOW, [0.5]), TimeError, ["at least two", "(1,)"]),

@@ -483,6 +483,21 @@ def test_fourier_features_are_channels_beside_the_input(event):
     assert seen[1][2] is None
 
 
+def test_fourier_features_are_loaded_with_the_network_inside(tmp_path):
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    model = sd.ScoreModel(FourierFeatures(MLP((9,), 8, 1), (2.5,)), sd.VP())
+    with torch.no_grad():
+        for p in model.network.parameters():
+            p += 0.3
+    sd.save(model, tmp_path)
+    found = sd.load(tmp_path)
+    assert found.network.frequencies == (2.5,)
+    assert torch.equal(found.noise(0.3, x), model.noise(0.3, x))
+    sd.save(sd.ScoreModel(FourierFeatures(nn.Linear(9, 9)), sd.VP()), tmp_path)
+    with pytest.raises(CheckpointError, match="network of your own"):
+        sd.load(tmp_path)
+
+
 def test_fourier_features_serve_the_networks_of_the_library():
     x, t = torch.randn(2, 3), torch.tensor([0.1, 0.2])
     assert FourierFeatures(MLP((15,), 8, 1), (8.5, 17.0))(x, t).shape == (2, 3)
@@ -528,6 +543,7 @@ NOISELESS = sd.ScoreModel(lambda x, t: x, sd.RectifiedFlow(t_min=0.0), "data")
         (lambda: sd.VDM(MLP((3,)), sd.LearnedVP(), 256), OptionError, ["Softmax(levels=256)", "got 256"]),
         (lambda: sd.VDM(MLP((3,)), sd.LearnedVP(), steps=0), OptionError, ["steps >= 1", "got 0"]),
         (lambda: sd.VDM(MLP((3,)), sd.LearnedVP(), prediction="x"), OptionError, ["Unknown prediction 'x'"]),
+        (lambda: FourierFeatures(MLP(()))(X[:, 0], X[:, 0]), ShapeError, ["axis 1", "x[:, None]"]),
         (lambda: FourierFeatures(MLP((3,)), ()), OptionError, ["positive frequencies"]),
         (lambda: FourierFeatures(MLP((3,)), (1.0, -2.0)), OptionError, ["positive", "-2.0"]),
     ],
