@@ -128,7 +128,8 @@ def _describe_network(network: nn.Module) -> dict[str, Any] | None:
     config = getattr(network, "config", None)
     if getattr(networks, kind, None) is not type(network) or not isinstance(config, dict):
         return None
-    return {"kind": kind, "config": config}
+    inner = {name: _describe_network(value) for name, value in config.items() if isinstance(value, nn.Module)}
+    return None if None in inner.values() else {"kind": kind, "config": config | inner}
 
 
 def _rebuild(module: Any, what: str, described: Any, path: Path, base: type) -> Any:
@@ -138,8 +139,13 @@ def _rebuild(module: Any, what: str, described: Any, path: Path, base: type) -> 
         raise CheckpointError(f"{path} names the {what} {kind!r}, which this version of sdediff does not have.")
     arguments = described.get("arguments", described.get("config", {}))
     try:
-        return build(**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+        inner = {
+            name: _rebuild(module, what, value, path, base)
+            for name, value in arguments.items()
+            if isinstance(value, dict) and value.keys() == {"kind", "config"}  # a network within a network
+        }
+        return build(**(arguments | inner))
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged: the {what} {kind} cannot be built ({error}).") from error
 
 
@@ -171,6 +177,7 @@ def save(model: ScoreModel, path: str | Path) -> None:
             "own_time": model.time is not None and _named_time(model) is None,
             "time": _named_time(model),
             "sde": _describe_sde(model.sde),
+            "sde_span": [model.sde.t_min, model.sde.t_max],
             "sde_has_weights": isinstance(model.sde, nn.Module),
             "network": _describe_network(model.network),
         },
@@ -187,7 +194,9 @@ def load(path: str | Path, *, network: nn.Module | None = None, sde: SDE | None 
         path: the folder.
         network: needed when the network is not one of `sdediff.networks`; the weights are put into it.
         sde: needed when the SDE is not one of the named processes.
-        time: needed when the model had a time function of its own, other than the SDE's sigma, log_snr or timestep.
+        time: needed when the model had a time function of its own, other than the SDE's sigma, log_snr or timestep. One
+            that is made of the SDE, as that of `VDM(time=f)`, is to be made of the SDE given here:
+            `load(path, sde=sde, time=lambda t: f(-sde.log_snr(t)))` with a new `sde = LearnedVP(...)`.
 
     Raises:
         CheckpointError: missing, damaged, foreign, or in need of an argument that was not given.
@@ -213,6 +222,12 @@ def load(path: str | Path, *, network: nn.Module | None = None, sde: SDE | None 
     if content.get("sde_has_weights"):
         if not isinstance(process, nn.Module):
             raise CheckpointError(f"{folder} was saved with an SDE that has weights; got {process}, which has none.")
+        span, saved = [process.t_min, process.t_max], content.get("sde_span")
+        if saved is not None and span != saved:
+            raise CheckpointError(
+                f"{folder} was saved with a schedule over the span {saved}; got one over {span}, which the same "
+                "weights would make another: give sde= the t_min and t_max of the saved one."
+            )
         own = {name.removeprefix(_SDE): tensors.pop(name) for name in list(tensors) if name.startswith(_SDE)}
         load_weights(process, own, folder / weights)
     load_weights(built, tensors, folder / weights)

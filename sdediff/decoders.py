@@ -59,7 +59,9 @@ def _check_levels(levels: object) -> None:
 
 @dataclass(frozen=True)
 class Decoder(ABC):
-    """A distribution over codes, entry by entry, given the state at t_min. A decoder of your own needs `log_prob`.
+    """A distribution over codes, entry by entry, given the state at t_min.
+
+    A decoder of your own inherits from it and has `log_prob`, which bounds need, and `logits`, which `sample` needs.
 
     Args:
         levels: number of codes.
@@ -200,6 +202,32 @@ class DiscretizedGaussian(Decoder):
         alpha, sigma, wide = _scales(model, t, z)
         mean = model.denoised(t, z).to(torch.float64 if z.device.type != "mps" else wide.dtype)
         return mean, over(sigma / alpha, mean).expand(mean.shape)
+
+
+def decoded(decoder: object, model: ScoreModel, t: Time, x: State, z: State) -> PerRow:
+    """`decoder.log_prob(model, t, x, z)`, `(batch,)`, checked.
+
+    Raises:
+        OptionError: what is given is no decoder, or x is not at its bin centres.
+        ShapeError: the decoder returns something else than one value a row.
+    """
+    values = check_decoder(decoder).log_prob(model, t, x, z)
+    if not isinstance(values, Tensor) or values.shape != x.shape[:1]:
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ShapeError(
+            f"log_prob of {type(decoder).__name__} must return one value a row, shape ({len(x)},), the sum over its "
+            f"entries; it returned {got}."
+        )
+    return values
+
+
+def check_decoder(decoder: object) -> Decoder:
+    """Refuse what is no decoder with a sentence."""
+    if not isinstance(decoder, Decoder):
+        raise OptionError(
+            f"decoder must be one of sdediff.decoders, such as Softmax(levels=256), or None; got {decoder!r}."
+        )
+    return decoder
 
 
 def _scales(model: ScoreModel, t: Time, z: State) -> tuple[Tensor, Tensor, State]:

@@ -42,13 +42,14 @@ class DivergenceError(SdediffError, ArithmeticError):
         advice: what to do about it.
         step: index of the step that produced the first bad value (None where a solver has no grid).
         time: time at which it happened (None where it has none).
-        rows: indices of the batch rows concerned.
+        rows: indices of the batch rows concerned; empty where it is not known.
     """
 
     def __init__(self, problem: str, advice: str, *, step: int | None, time: float | None, rows: list[int]) -> None:
         places = [] if step is None else [f"step {step}"]
         places += [] if time is None else [f"t = {time:g}"]
-        places += ["rows " + ", ".join(map(str, rows[:8])) + (f", ... ({len(rows)} in all)" if len(rows) > 8 else "")]
+        more = f", ... ({len(rows)} in all)" if len(rows) > 8 else ""
+        places += ["rows " + ", ".join(map(str, rows[:8])) + more] if rows else []
         super().__init__(f"{problem} at {', '.join(places)}. {advice}")
         self.problem = problem
         self.advice = advice

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sdediff.errors import OptionError, ShapeError
+from sdediff.errors import DivergenceError, OptionError, ShapeError
 from sdediff.shapes import PerRow, State, sum_rows
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -48,7 +48,8 @@ class DiagonalGaussian:
         return self.mean + self.std * normal
 
     def log_prob(self, x: State) -> PerRow:
-        """The log-density at x, `(batch,)`."""
+        """The log-density at x, shaped as mean; `(batch,)`."""
+        _check_same(x, self.mean, "x")
         return -sum_rows(((x - self.mean) / self.std) ** 2 + 2 * self.std.log() + _LOG_2PI) / 2
 
     def entropy(self) -> PerRow:
@@ -57,12 +58,24 @@ class DiagonalGaussian:
 
     def kl(self, other: DiagonalGaussian) -> PerRow:
         """`KL(self || other)`, `(batch,)`."""
+        _check_same(other.mean, self.mean, "the other Gaussian")
         log_ratio = self.std.log() - other.std.log()
         return sum_rows(torch.expm1(2 * log_ratio) - 2 * log_ratio + ((self.mean - other.mean) / other.std) ** 2) / 2
 
 
+def _check_same(x: State, mean: State, name: str) -> None:
+    if x.shape != mean.shape:
+        raise ShapeError(f"{name} has shape {tuple(x.shape)} but the Gaussian {tuple(mean.shape)}; they must be equal.")
+
+
 def gaussian_of(output: Any, name: str, like: State | None = None, *, rows: int | None = None) -> DiagonalGaussian:
-    """The Gaussian that a conditional returned, checked."""
+    """The Gaussian that a conditional returned, checked.
+
+    Raises:
+        ShapeError: not a pair of tensors (mean, std) of the shape that is needed.
+        DivergenceError: NaN or infinite entries; names the rows.
+        OptionError: a std that is not positive.
+    """
     if not (isinstance(output, tuple) and len(output) == 2 and all(isinstance(v, Tensor) for v in output)):
         raise ShapeError(f"{name} must return a pair of tensors (mean, std); it returned {type(output).__name__}.")
     mean, std = output
@@ -72,11 +85,20 @@ def gaussian_of(output: Any, name: str, like: State | None = None, *, rows: int 
         raise ShapeError(
             f"{name} must return mean and std of one shape, {needed}; got {tuple(mean.shape)} and {tuple(std.shape)}."
         )
+    wrong = (~(mean.isfinite() & std.isfinite())).reshape(len(mean), -1).any(1)
+    if bool(wrong.any()):
+        raise DivergenceError(
+            f"What {name} returned is NaN or infinite",
+            "Check what it is given there, lower lr, or bound its log-std.",
+            step=None,
+            time=None,
+            rows=wrong.nonzero()[:, 0].tolist(),
+        )
     if not bool((std > 0).all()):
         worst = std.detach().min().item()
         raise OptionError(
             f"{name} must return a positive std; got {worst:g}. End the network with exp or softplus: a log-std goes "
-            "through exp first."
+            f"through exp first, and must be bounded below where exp underflows, as below -87 in float32."
         )
     return DiagonalGaussian(mean, std)
 
@@ -117,7 +139,10 @@ def _factor(mean: Tensor, cov: Tensor, name: str) -> Tensor:
             f"cov_{name} must have shape (*batch, d, d) for mean_{name} of shape (*batch, d); got {tuple(cov.shape)} "
             f"for {tuple(mean.shape)}. Write torch.diag_embed(variances) for independent entries."
         )
-    if not torch.allclose(cov, cov.mT, rtol=1e-6, atol=1e-12):
+    deviations = cov.diagonal(dim1=-2, dim2=-1).abs().sqrt()
+    unit = deviations[..., :, None] * deviations[..., None, :]
+    tolerance = max(1e-6, 100 * torch.finfo(cov.dtype).eps)
+    if not bool(((cov - cov.mT).abs() <= tolerance * unit).all()):
         raise OptionError(f"cov_{name} must be symmetric; it differs from its transpose: give (cov + cov.mT) / 2.")
     factor, failed = torch.linalg.cholesky_ex(cov)
     if bool((failed > 0).any()):

@@ -223,12 +223,20 @@ class LearnedVP(nn.Module, LinearSDE):
         return (-_softplus(gamma) / 2).exp(), (-_softplus(-gamma) / 2).exp()
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        slope, variance = self.slope(t), _sigmoid(self.gamma(t))
-        return -slope * variance / 2, (slope * variance).sqrt()
+        square = self._square(t)
+        return -square / 2, square.sqrt()
 
     def scale_rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        (alpha, sigma), slope = self.scales(t), self.slope(t)
-        return -slope / 2 * sigma**2 * alpha, slope / 2 * alpha**2 * sigma
+        (alpha, sigma), square = self.scales(t), self._square(t)
+        return -square / 2 * alpha, square / (2 * sigma) * alpha**2
+
+    def _square(self, t: Tensor) -> Tensor:
+        """`g^2 = gamma' sigma^2`, finite at 0: before t_min, `sigma^2 / t = e^gamma_min alpha^2 / t_min`."""
+        clock = as_time(t)
+        gamma, early = self.gamma(clock), clock < self.t_min
+        slope = self.slope(torch.where(early, self.t_min, clock))
+        start = self._ends()[0].exp() / self.t_min * _sigmoid(-gamma)
+        return torch.where(early, start.to(clock.device), slope * _sigmoid(gamma))
 
     def log_snr(self, t: Time) -> Tensor:
         """`-gamma(t)`, in the dtype of t."""

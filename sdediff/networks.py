@@ -184,10 +184,16 @@ class FourierFeatures(nn.Module):
         super().__init__()
         if not frequencies or not all(0 < f < math.inf for f in frequencies):
             raise OptionError(f"FourierFeatures needs positive frequencies; got {tuple(frequencies)}.")
+        self.config = {"network": network, "frequencies": list(map(float, frequencies))}
         self.network = network
         self.frequencies = tuple(map(float, frequencies))
 
     def forward(self, x: State, t: Tensor, *condition: Any) -> State:
         """Shaped as x."""
+        if x.ndim < 2:
+            raise ShapeError(
+                "FourierFeatures adds channels on axis 1, which events of shape () do not have; write x[:, None], "
+                "events of shape (1,)."
+            )
         waves = [wave(math.pi * f * x) for f in self.frequencies for wave in (torch.sin, torch.cos)]
         return self.network(torch.cat([x, *waves], dim=1), t, *condition)[:, : x.shape[1]]

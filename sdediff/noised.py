@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sdediff.decoders import Decoder
+from sdediff.decoders import Decoder, decoded
 from sdediff.density import wide
 from sdediff.draws import RowDraws, mix
 from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
@@ -260,7 +260,7 @@ class Rows:
         """`log N(x; xhat(z), variance)` at t, or that of the decoder, `(samples, batch)`."""
         count = self.task.samples
         if decoder is not None:
-            return torch.stack([self._decoded(t, decoder) for _ in range(count)])
+            return finite_values(torch.stack([self._decoded(t, decoder) for _ in range(count)]), t.expand(count))
         alpha, sigma = self.task.sde.scales_at(t)
         seen = -torch.expm1(-clock_at(self.task.sde, t, self.task.scale))
         levels = seen / 2 * (sigma / alpha) ** 2 / variance * self.errors(t.expand(count))
@@ -270,7 +270,7 @@ class Rows:
         alpha, sigma = self.task.sde.scales_at(t)
         shift = over(sigma, self.x) * self.stream.normal(self.x)
         signal = over(alpha, self.x) * self.x
-        values = [decoder.log_prob(self.model, t, self.x, signal + noise) for noise in (shift, -shift)]
+        values = [decoded(decoder, self.model, t, self.x, signal + noise) for noise in (shift, -shift)]
         return ((values[0] + values[1]) / 2).cpu().double()
 
     def prior_mean(self) -> PerRow:
@@ -301,7 +301,7 @@ def finite_values(values: Values, times: Tensor) -> Values:
     if len(wrong):
         k = int(wrong[0, 0])
         raise DivergenceError(
-            "The error of the model is NaN or infinite",
+            "The error of the model, or what its decoder says, is NaN or infinite",
             "Check the network's output and x there.",
             step=None,
             time=times[k].item() if times.ndim == 1 else times[k, wrong[0, 1]].item(),

@@ -70,23 +70,33 @@ class CategoricalLikelihood:
             raise OptionError(f"CategoricalLikelihood needs a whole number of levels >= 2; got {self.levels!r}.")
 
     def log_prob(self, params: Any, x: State) -> PerRow:
-        if not isinstance(params, Tensor) or params.shape != (*x.shape, self.levels):
-            got = tuple(params.shape) if isinstance(params, Tensor) else type(params).__name__
-            raise ShapeError(f"decoder[0] must return logits of shape {(*x.shape, self.levels)}; got {got}.")
+        if self._logits(params).shape[:-1] != x.shape:
+            raise ShapeError(
+                f"decoder[0] must return logits of shape {(*x.shape, self.levels)}; got {tuple(params.shape)}."
+            )
         if not bool((x.abs() <= 1).all()):
             raise OptionError(
                 f"Codes lie in [-1, 1], at -1 + (2 c + 1) / {self.levels}; got {x.min().item():g} to "
                 f"{x.max().item():g}."
             )
-        codes = ((x + 1) / 2 * self.levels).floor().long().clamp(max=self.levels - 1)
+        place = (x.double() + 1) / 2 * self.levels
+        near = place.round()
+        rounding = 2 * self.levels * torch.finfo(x.dtype).eps
+        codes = torch.where((place - near).abs() < rounding, near, place.floor()).long().clamp(max=self.levels - 1)
         return sum_rows(params.log_softmax(-1).gather(-1, codes[..., None])[..., 0])
 
     def mean(self, params: Any) -> State:
-        return (params.softmax(-1) * self._centres(params)).sum(-1)
+        return (self._logits(params).softmax(-1) * self._centres(params)).sum(-1)
 
     def draw(self, params: Any, normal: State) -> State:
-        below = params.softmax(-1).cumsum(-1)[..., :-1]
+        below = self._logits(params).softmax(-1).cumsum(-1)[..., :-1]
         return self._centres(params)[(torch.special.ndtr(normal)[..., None] >= below).sum(-1)]
+
+    def _logits(self, params: Any) -> Tensor:
+        if not isinstance(params, Tensor) or params.ndim < 2 or params.shape[-1] != self.levels:
+            got = tuple(params.shape) if isinstance(params, Tensor) else type(params).__name__
+            raise ShapeError(f"decoder[0] must return logits of shape (batch, *event, {self.levels}); got {got}.")
+        return params
 
     def _centres(self, like: Tensor) -> Tensor:
         codes = torch.arange(self.levels, dtype=like.dtype, device=like.device)

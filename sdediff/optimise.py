@@ -12,6 +12,7 @@ sampler of times among them. The loss is a function of a batch, and may use the 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -102,7 +103,8 @@ def train(
         checkpoint: a folder; the run resumes from it if it is there, and writes to it every `checkpoint_every` steps
             and at the end.
         progress: whether to show a bar with the loss and the rate.
-        identity: what else must be the same for a checkpoint to be of this run; numbers and words.
+        identity: what else must be the same for a checkpoint to be of this run; numbers and words. If None, the
+            module's own attribute `identity`, such as `VDM.identity`, or the name of its class.
         beside: writes more into the checkpoint; called with the folder while the module holds its averaged weights.
 
     Returns:
@@ -111,7 +113,8 @@ def train(
     Raises:
         OptionError, ShapeError: an argument does not fit.
         CheckpointError: the checkpoint is damaged or belongs to another run.
-        DivergenceError: the loss became NaN or infinite; names the step and the rows of its batch.
+        DivergenceError: the loss became NaN or infinite; names the step and the rows of its batch. Or its gradient did;
+            names the step.
     """
     if not isinstance(module, nn.Module):
         raise OptionError(f"Training needs a torch.nn.Module; got {type(module).__name__}.")
@@ -139,7 +142,7 @@ def train(
         "batch_size": batch_size, "lr": lr, "ema": ema, "clip": clip, "warmup": warmup, "decay": decay,
         "rows": len(items), "data": _digest(data), "optimizer": type(adapt).__name__,
         "condition": condition is not None,
-    } | dict(identity or {"module": type(module).__name__})  # fmt: skip
+    } | dict(identity or getattr(module, "identity", None) or {"module": type(module).__name__})  # fmt: skip
     if decay:
         settings["steps"] = steps
     folder = None if checkpoint is None else Path(checkpoint)
@@ -166,8 +169,7 @@ def train(
             mean = values.mean()
             adapt.zero_grad(set_to_none=True)
             mean.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            if clip is not None:
-                nn.utils.clip_grad_norm_(parameters, clip)
+            norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
             losses.append(mean.item())
             if not torch.isfinite(values).all():
                 rows = (~values.isfinite()).nonzero()[:, 0].tolist()
@@ -177,6 +179,14 @@ def train(
                     step=k,
                     time=None,
                     rows=rows,
+                )
+            if not torch.isfinite(norm):
+                raise DivergenceError(
+                    "The gradient of a finite training loss is NaN or infinite",
+                    "The loss has no slope there, as a square root at 0: add a small number inside.",
+                    step=k,
+                    time=None,
+                    rows=[],
                 )
             adapt.step()
             _average(averaged, module, ema, k)

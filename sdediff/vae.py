@@ -39,7 +39,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -47,13 +47,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sdediff.chains import DenoisedPosterior, Denoiser, LinearGaussian, posteriors
-from sdediff.errors import CapabilityError, OptionError, ShapeError
+from sdediff.draws import mix
+from sdediff.errors import CapabilityError, OptionError, ShapeError, TimeError
 from sdediff.gaussians import DiagonalGaussian, gaussian_of
 from sdediff.model import ScoreModel
 from sdediff.noise import Noise, NoiseStream, RowNoise
 from sdediff.observation import GaussianLikelihood, Likelihood
+from sdediff.runs import evaluating
 from sdediff.sde import check_grid, fresh_seed
 from sdediff.shapes import PerRow, State, as_time, check_state, over, sum_rows
+
+_CAST = {torch.float32: "float()", torch.float64: "double()"}
 
 Path: TypeAlias = Callable[[State, State, float], State]
 """From two states and a number in [0, 1] to a state between them."""
@@ -118,6 +122,11 @@ class HierarchicalVAE(nn.Module):
         prior_std: float = 1.0,
     ) -> None:
         super().__init__()
+        if not hasattr(encoder, "__len__"):
+            raise OptionError(
+                f"A hierarchical VAE takes lists of modules, one a layer; got a {type(encoder).__name__}. Write "
+                "HierarchicalVAE([encoder], [decoder]) or VAE(encoder, decoder)."
+            )
         if len(encoder) < 1 or len(encoder) != len(decoder):
             raise OptionError(
                 "A hierarchical VAE of T >= 1 latents needs T encoders, from x to z_T, and T decoders, from z_1 -> x "
@@ -157,13 +166,20 @@ class HierarchicalVAE(nn.Module):
             event: shape of an event; only `sample` asks for it.
 
         Raises:
-            TimeError, CapabilityError, OptionError: times that do not fall or lie outside the span, an SDE that is
-                not linear, a model that is blind at an alpha of 0, a last time without noise.
+            TimeError, CapabilityError: times that do not fall or lie outside the span, a last time without noise, an
+                SDE that is not linear or that still learns, a model that is blind at an alpha of 0.
         """
         sde, grid = model.linear, as_time(times).detach().cpu()
+        if isinstance(sde, nn.Module) and any(p.requires_grad for p in sde.parameters()):
+            raise CapabilityError(
+                f"The chain is fixed when it is made, but {sde} still learns: write sde.requires_grad_(False) first, "
+                "or train its schedule by sd.VDM."
+            )
         check_grid(grid, direction=-1)
         sde.check_span(grid, "times")
         alpha, sigma = sde.scales_at(grid.flip(0))
+        if not float(sigma[0]) > 0:
+            raise TimeError(f"{sde} has no noise at t = {grid[-1]:g}, where no bound is finite: end the times later.")
         if model.blind_in_noise and float(alpha[-1]) == 0:
             raise CapabilityError(
                 f"At t = {grid[0]:g} alpha is 0, where a model that predicts {model.prediction!r} says nothing of the "
@@ -181,6 +197,15 @@ class HierarchicalVAE(nn.Module):
             latent=event,
             prior_std=sigma[-1].item(),
         )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint of `sd.train` to be of this run."""
+        stated = is_dataclass(self.likelihood)  # any other repr may be an address
+        return {
+            "module": type(self).__name__, "layers": len(self.encoder), "prior_std": self.prior_std,
+            "likelihood": repr(self.likelihood) if stated else type(self.likelihood).__name__,
+        }  # fmt: skip
 
     # Bounds.
 
@@ -238,12 +263,13 @@ class HierarchicalVAE(nn.Module):
     def log_prob(
         self, x: State, *, samples: int = 100, seed: int | None = None, noise: Noise | None = None
     ) -> ImportanceLogProb:
-        """log p(x) from the weights of draws of the encoder.
+        """log p(x) from the weights of draws of the encoder, in evaluation mode as all that takes no gradient.
 
         Args:
             x, samples, seed, noise: as in `elbo`.
         """
-        weights = torch.stack([chain.log_weight for chain in self._chains(x, samples, seed, noise)])
+        with evaluating(self):
+            weights = torch.stack([chain.log_weight for chain in self._chains(x, samples, seed, noise)])
         total = weights.logsumexp(0)
         effective = (2 * total - (2 * weights).logsumexp(0)).exp()
         spread = (1 / effective - 1 / samples) * samples / (samples - 1) if samples > 1 else torch.nan * total
@@ -254,19 +280,21 @@ class HierarchicalVAE(nn.Module):
     @torch.no_grad()
     def encode(self, x: State, *, temperature: float = 1.0, seed: int | None = None) -> list[State]:
         """Latents z_1 to z_T of data x, each drawn given the one below; temperature multiplies every std."""
-        check_state(x)
+        self._check(x)
         _check_temperature(temperature)
-        return self._climb(x, _stream(seed), temperature)[1]
+        with evaluating(self):
+            return self._climb(x, _stream(seed, 31), temperature)[1]
 
     @torch.no_grad()
     def decode(self, z: State, *, layer: int | None = None, temperature: float = 1.0, seed: int | None = None) -> State:
         """`E[x | z_1]`, with z_1 drawn down the chain from a state z of a layer (1 to T; None is T)."""
-        return self.likelihood.mean(self._descend(z, self._layer(layer), _stream(seed), temperature))
+        with evaluating(self):
+            return self.likelihood.mean(self._descend(z, self._layer(layer), _stream(seed, 32), temperature))
 
     def reconstruct(self, x: State, *, layer: int = 1, temperature: float = 0.0, seed: int | None = None) -> State:
         """Data from their own latents of a layer: what that layer knows of them. Without noise, unless it is given."""
         z = self.encode(x, temperature=temperature, seed=seed)[self._layer(layer) - 1]
-        return self.decode(z, layer=layer, temperature=temperature, seed=None if seed is None else seed + 1)
+        return self.decode(z, layer=layer, temperature=temperature, seed=seed)
 
     @torch.no_grad()
     def sample(
@@ -298,7 +326,8 @@ class HierarchicalVAE(nn.Module):
             raise OptionError(f"Unknown final {final!r}: write 'mean' or 'draw'.")
         stream, like = _stream(seed), next(itertools.chain(self.parameters(), self.buffers()), torch.empty(0))
         top = stream.normal(torch.empty(n, *self.latent, dtype=dtype or like.dtype, device=like.device))
-        params = self._descend(temperature * self.prior_std * top, len(self.encoder), stream, temperature)
+        with evaluating(self):
+            params = self._descend(temperature * self.prior_std * top, len(self.encoder), stream, temperature)
         mean = self.likelihood.mean(params)
         return mean if final == "mean" else self.likelihood.draw(params, stream.normal(mean))
 
@@ -328,6 +357,18 @@ class HierarchicalVAE(nn.Module):
             raise OptionError(f"layer must be a whole number from 1 (next to the data) to {top}; got {layer!r}.")
         return top if layer is None else layer
 
+    def _check(self, x: State, name: str = "x") -> None:
+        """Refuse what the networks cannot take."""
+        check_state(x, name)
+        if len(x) == 0:
+            raise ShapeError(f"A VAE needs at least one row; got {name} with 0 rows.")
+        own = next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
+        if own != x.dtype:
+            raise ShapeError(
+                f"{name} is {x.dtype}, but the weights are {own}: write {name}.{_CAST.get(own, f'to({own})')}, or "
+                f"vae.{_CAST.get(x.dtype, f'to({x.dtype})')}."
+            )
+
     def _climb(
         self, x: State, stream: NoiseStream, temperature: float = 1.0
     ) -> tuple[list[DiagonalGaussian], list[State]]:
@@ -340,7 +381,7 @@ class HierarchicalVAE(nn.Module):
 
     def _descend(self, z: State, layer: int, stream: NoiseStream, temperature: float) -> Any:
         """What the likelihood takes, from a state of a layer."""
-        check_state(z, "z")
+        self._check(z, "z")
         _check_temperature(temperature)
         for t in range(layer - 1, 0, -1):
             way = gaussian_of(self.decoder[t](z), f"decoder[{t}]", rows=len(z))
@@ -348,10 +389,10 @@ class HierarchicalVAE(nn.Module):
         return self.decoder[0](z)
 
     def _chains(self, x: State, samples: int, seed: int | None, noise: Noise | None) -> Iterator[_Chain]:
-        check_state(x)
+        self._check(x)
         if not isinstance(samples, int) or samples < 1:
             raise OptionError(f"samples must be a whole number >= 1; got {samples!r}.")
-        stream = _stream(seed, noise)
+        stream = _stream(seed) if noise is None else noise.open()
         return (self._chain(x, stream) for _ in range(samples))
 
     def _chain(self, x: State, stream: NoiseStream) -> _Chain:
@@ -419,12 +460,13 @@ def slerp(a: State, b: State, u: float) -> State:
 
     Reference: Shoemake 1985, Animating rotation with quaternion curves.
     """
-    cosine = sum_rows(a * b) / (sum_rows(a * a) * sum_rows(b * b)).sqrt()
-    angle = cosine.clamp(-1, 1).acos()
-    straight = ~(angle.sin() > 1e-4)
-    safe = torch.where(straight, torch.ones_like(angle), angle)
-    first = torch.where(straight, torch.full_like(angle, 1 - u), ((1 - u) * safe).sin() / safe.sin())
-    second = torch.where(straight, torch.full_like(angle, u), (u * safe).sin() / safe.sin())
+    squares = sum_rows(a * a) * sum_rows(b * b)
+    empty = squares == 0
+    cosine = sum_rows(a * b) / torch.where(empty, 1, squares).sqrt()
+    straight = empty | ~(cosine.abs() < math.sqrt(1 - 1e-8))
+    safe = torch.where(straight, torch.zeros_like(cosine), cosine).acos()
+    first = torch.where(straight, torch.full_like(safe, 1 - u), ((1 - u) * safe).sin() / safe.sin())
+    second = torch.where(straight, torch.full_like(safe, u), (u * safe).sin() / safe.sin())
     return over(first, a) * a + over(second, b) * b
 
 
@@ -446,8 +488,10 @@ class _Chain:
         return total
 
 
-def _stream(seed: int | None, noise: Noise | None = None) -> NoiseStream:
-    return (RowNoise(fresh_seed() if seed is None else seed) if noise is None else noise).open()
+def _stream(seed: int | None, *purpose: int) -> NoiseStream:
+    """Noise from the seed; for a purpose, independent of that for any other."""
+    seed = fresh_seed() if seed is None else seed
+    return RowNoise(mix(seed, *purpose) >> 2 if purpose else seed).open()
 
 
 def _check_temperature(temperature: float) -> None:

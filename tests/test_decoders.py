@@ -13,7 +13,7 @@ from test_bounds import NODES, WEIGHTS
 import sdediff as sd
 from sdediff.decoders import Decoder, DiscretizedGaussian, Softmax, around
 from sdediff.dequantize import Bins
-from sdediff.errors import OptionError, ShapeError
+from sdediff.errors import DivergenceError, OptionError, ShapeError
 
 F64 = torch.float64
 SDE = sd.VP()
@@ -294,6 +294,24 @@ def test_a_decoder_of_ones_own_serves_in_the_bound():
         def logits(self, model, t, z):
             return torch.zeros(*z.shape, self.levels)
 
+    class Column(Coin):
+        def log_prob(self, model, t, x, z):
+            return super().log_prob(model, t, x, z)[:, None]
+
+    class Lost(Coin):
+        def log_prob(self, model, t, x, z):
+            return super().log_prob(model, t, x, z) * torch.tensor([1.0, 1.0, math.nan, 1.0])
+
     x = Coin(4).points(torch.arange(4)[:, None], F64)
+    for bound in (sd.elbo, sd.variational):
+        with pytest.raises(ShapeError, match=r"Column must return one value a row, shape \(4,\).*it returned \(4, 1\)"):
+            bound(constant(0.0), x, decoder=Column(4))
+        with pytest.raises(OptionError, match=r"Softmax\(levels=256\), or None; got 'softmax'"):
+            bound(constant(0.0), x, decoder="softmax")
+    for options in ({}, {"steps": 2}):
+        with pytest.raises(DivergenceError, match="what its decoder says, is NaN") as caught:
+            sd.elbo(constant(0.0), x, samples=2, decoder=Lost(4), **options)
+        assert caught.value.rows == [2]
+        assert caught.value.time == SDE.t_min
     found = sd.elbo(constant(0.0), x, samples=2, decoder=Coin(4), seed=0)
     torch.testing.assert_close(found.reconstruction, torch.full((4,), -math.log(4), dtype=F64))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 import sdediff as sd
-from sdediff.errors import OptionError, ShapeError
+from sdediff.errors import DivergenceError, OptionError, ShapeError
 from sdediff.gaussians import DiagonalGaussian, gaussian_of, kl_divergence
 from sdediff.testing import gaussian_targets
 
@@ -123,7 +123,7 @@ PAIR = torch.zeros(2, 3)
         (lambda: gaussian_of((PAIR, PAIR + 1), "encoder[0]", rows=5), ShapeError, ["(5, *event)", "(2, 3)"]),
         (lambda: gaussian_of((PAIR, PAIR), "encoder[0]"), OptionError, ["encoder[0]", "positive", "got 0", "softplus"]),
         (lambda: gaussian_of((PAIR, PAIR - 3), "encoder[0]"), OptionError, ["got -3", "exp"]),
-        (lambda: gaussian_of((PAIR, PAIR + torch.nan), "encoder[0]"), OptionError, ["got nan"]),
+        (lambda: gaussian_of((PAIR, PAIR + torch.nan), "encoder[0]"), DivergenceError, ["NaN", "rows 0, 1"]),
     ],
 )
 def test_bad_input_gets_a_sentence(call, error, words):
@@ -135,3 +135,40 @@ def test_bad_input_gets_a_sentence(call, error, words):
 
 def test_the_module_is_public():
     assert sd.gaussians.kl_divergence is kl_divergence
+
+
+def test_a_covariance_may_be_as_asymmetric_as_its_dtype_rounds():
+    """Products in float32 differ from their transposes by rounding, in entries far below the largest too."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(20, 30, generator=generator) * torch.logspace(-3, 3, 20)[:, None]
+    cov = a @ a.T
+    cov = cov * (1 + 1e-6 * torch.randn(20, 20, generator=generator))
+    mean = torch.zeros(20)
+    assert not torch.equal(cov, cov.mT)
+    assert kl_divergence(mean, cov, mean, cov).abs() < 1e-2
+    for dtype, off in ((torch.float32, 1e-3), (torch.float64, 1e-5)):
+        tilted = torch.eye(2, dtype=dtype)
+        tilted[0, 1] = off
+        with pytest.raises(OptionError, match="symmetric"):
+            kl_divergence(torch.zeros(2, dtype=dtype), tilted, torch.zeros(2, dtype=dtype), torch.eye(2, dtype=dtype))
+
+
+def test_states_of_another_shape_do_not_broadcast():
+    one, other = (DiagonalGaussian(torch.zeros(n, 2), torch.ones(n, 2)) for n in (1, 3))
+    with pytest.raises(ShapeError, match=r"x has shape \(3, 2\) but the Gaussian \(1, 2\)"):
+        one.log_prob(other.mean)
+    with pytest.raises(ShapeError, match=r"other Gaussian has shape \(1, 2\) but the Gaussian \(3, 2\)"):
+        other.kl(one)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_named_with_its_rows(bad):
+    mean, std = torch.zeros(3, 2), torch.ones(3, 2)
+    broken = torch.ones(3, 2)
+    broken[1, 1] = bad
+    for output in ((broken, std), (mean, broken)):
+        with pytest.raises(DivergenceError, match=r"encoder\[0\] returned is NaN or infinite at rows 1\. ") as caught:
+            gaussian_of(output, "encoder[0]")
+        assert caught.value.rows == [1]
+    with pytest.raises(OptionError, match="exp underflows"):
+        gaussian_of((mean, (mean - 200).exp()), "encoder[0]")

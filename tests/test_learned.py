@@ -249,11 +249,40 @@ def test_a_schedule_of_ones_own_is_given_to_load(tmp_path):
         sd.load(tmp_path, sde=mine)
     with pytest.raises(CheckpointError, match="has weights; got VP"):
         sd.load(tmp_path, sde=sd.VP(), time=mine.gamma)
+    with pytest.raises(CheckpointError, match=r"span \[0\.001, 1\.0\]; got one over \[0\.001, 2\.0\]"):
+        sd.load(tmp_path, sde=sd.LearnedVP(Powers(), t_max=2.0), time=mine.gamma)
     with pytest.raises(CheckpointError, match="belongs to another"):
         sd.load(tmp_path, sde=sd.LearnedVP(), time=mine.gamma)
     found = sd.load(tmp_path, sde=mine, time=mine.gamma)
     assert found.sde.curve.a.item() == 2.25
     assert found.sde.ends.tolist() == [-5.0, 5.0]
+
+
+def test_a_time_made_of_the_schedule_is_made_of_the_loaded_one(tmp_path):
+    sde = shaped(hidden=3, gamma_min=-4.0, gamma_max=2.0)
+    model = sd.VDM(sd.networks.MLP((2,), width=8, depth=1), sde, time=lambda gamma: gamma.exp()).model
+    with torch.no_grad():
+        for p in model.network.parameters():
+            p += 0.3
+    sd.save(model, tmp_path)
+    mine = sd.LearnedVP(hidden=3)
+    found = sd.load(tmp_path, sde=mine, time=lambda t: (-mine.log_snr(t)).exp())
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.noise(0.3, x), model.noise(0.3, x))
+
+
+def test_rates_are_finite_at_the_data():
+    """`g^2 = e^gamma_min / t_min`, the limit from above."""
+    sde = shaped(hidden=3, gamma_min=-4.0, gamma_max=2.0)
+    t = torch.tensor([0.0, 1e-12, 5e-4], dtype=F64)
+    drift, diffusion = sde.rates(t)
+    square = diffusion.detach() ** 2
+    torch.testing.assert_close(square[:2], torch.full((2,), math.exp(-4.0) / sde.t_min, dtype=F64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(square, (-2 * drift).detach())
+    torch.testing.assert_close(square[2], (sde.slope(t[2:]) * sde.sigma(t[2:]) ** 2)[0].detach())
+    d_alpha, d_sigma = sde.scale_rates(t)
+    torch.testing.assert_close(d_alpha[0], -square[0] / 2)
+    assert d_sigma[0].isinf()
 
 
 def test_the_time_of_other_processes_is_saved_by_name_too(tmp_path):

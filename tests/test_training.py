@@ -707,3 +707,16 @@ def test_train_wants_a_module_and_fit_one_loss():
         quick(small(), loss=sd.losses.denoising, weighting="edm")
     with pytest.raises(sd.ShapeError, match="tensor with no dimensions"):
         sd.train(nn.Linear(2, 1), lambda x, c: x.sum(1), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_move(clip):
+    weights = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(weights.weight)
+
+    def loss(x, condition):
+        return weights.weight.square().sum().sqrt().expand(len(x))
+
+    with pytest.raises(sd.DivergenceError, match=r"gradient of a finite training loss is NaN or infinite at step 0\. "):
+        sd.train(weights, loss, torch.ones(4, 2), steps=2, clip=clip, progress=False)
+    assert bool((weights.weight == 0).all())

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 import sdediff as sd
-from sdediff.errors import CapabilityError, OptionError, ShapeError, TimeError
+from sdediff.errors import CapabilityError, CheckpointError, OptionError, ShapeError, TimeError
 from sdediff.gaussians import kl_divergence
 from sdediff.networks import GaussianMLP
 from sdediff.testing import linear_sdes, time_grids
@@ -474,6 +474,15 @@ def test_rows_on_one_line_are_joined_by_it():
         torch.testing.assert_close(slerp(a, b, 0.25), lerp(a, b, 0.25))
 
 
+def test_gradients_of_the_arc_are_finite_on_one_line_too():
+    a = normal(0, 3, 4).requires_grad_()
+    b = (torch.tensor([[2.0], [-1.0], [0.0]], dtype=F64) * a.detach()).requires_grad_()
+    for gradient in torch.autograd.grad(slerp(a, b, 0.25).sum(), (a, b)):
+        assert bool(gradient.isfinite().all())
+    c = normal(1, 3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, c: slerp(a, c, 0.3), (a, c))
+
+
 # Likelihoods
 
 
@@ -491,6 +500,17 @@ def test_probabilities_of_all_codes_add_up_to_one():
     ends = torch.tensor([[-1.0, 1.0], [-1 + 1.99 / levels, 0.999]], dtype=F64)
     expected = logits.log_softmax(-1)[0, 0, 0] + logits.log_softmax(-1)[0, 1, -1]
     torch.testing.assert_close(likelihood.log_prob(logits.expand(2, 2, levels), ends), expected.expand(2))
+
+
+@pytest.mark.parametrize("levels", [3, 10, 17, 255, 256])
+def test_left_edges_fall_into_their_own_bins(levels):
+    codes = torch.arange(levels)
+    logits = torch.where(torch.eye(levels, dtype=torch.bool), 0.0, -1000.0)[:, None]
+    for dtype in (torch.float32, F64):
+        for left in (-1 + 2 * codes.to(dtype) / levels, (-1 + 2 * codes.double() / levels).to(dtype)):
+            assert bool((sd.CategoricalLikelihood(levels).log_prob(logits.to(dtype), left[:, None]) == 0).all())
+        inside = -1 + 2 * (codes.to(dtype) + 0.999) / levels
+        assert bool((sd.CategoricalLikelihood(levels).log_prob(logits.to(dtype), inside[:, None]) == 0).all())
 
 
 def test_draws_of_codes_have_their_probabilities():
@@ -561,14 +581,76 @@ def test_a_linear_vae_learns_probabilistic_pca():
     assert best - 0.02 < bound.mean().item() < best + 0.002
 
 
+def test_what_takes_no_gradient_is_in_evaluation_mode():
+    def half(inputs, outputs):
+        return nn.Sequential(nn.Dropout(0.5), GaussianMLP((inputs,), (outputs,), 4)).double()
+
+    torch.manual_seed(0)
+    vae = HierarchicalVAE([half(2, 2), half(2, 1)], [half(2, 2), half(1, 2)], latent=1)
+    for parameter in vae.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    vae.train()
+    x = normal(0, 5, 2)
+    for call in (
+        lambda: vae.log_prob(x, samples=2, seed=0).value,
+        lambda: vae.encode(x, seed=0)[1],
+        lambda: vae.decode(x[:, :1], seed=0),
+        lambda: vae.reconstruct(x, seed=0),
+        lambda: vae.interpolate(x, -x, 3),
+        lambda: vae.sample(5, seed=0),
+    ):
+        first = call()
+        assert torch.equal(first, call())
+        assert vae.training
+        assert vae.encoder[0][0].training
+    assert not torch.equal(vae.elbo(x, seed=0).total, vae.elbo(x, seed=0).total)
+
+
+def test_one_seed_is_other_noise_for_every_purpose():
+    """A chain of `N(0, 1)` in both directions shows its noise."""
+    noise = sd.LinearGaussian(0.0, 1.0)
+    vae = HierarchicalVAE([noise, noise], [sd.LinearGaussian(1.0, 1.0), noise], latent=1)
+    x = torch.zeros(2000, 1, dtype=F64)
+    seen = [*vae.encode(x, seed=0), vae.decode(x, seed=0), vae.sample(2000, seed=0, dtype=F64)]
+    seen += [vae.reconstruct(x, layer=2, temperature=1.0, seed=0) + 1e-9 * x]
+    assert torch.equal(seen.pop(), vae.decode(seen[1], seed=0))
+    correlations = torch.corrcoef(torch.cat(seen, 1).T) - torch.eye(4, dtype=F64)
+    assert correlations.abs().max() < 4.5 / 2000**0.5
+
+
+def test_a_frozen_schedule_makes_a_chain():
+    sde = sd.LearnedVP(gamma_min=-4.0, gamma_max=3.0)
+    model, x = mixture().model(sde.requires_grad_(False)), mixture().sample(4, seed=0)
+    times = torch.linspace(1.0, 1e-3, 5, dtype=F64)
+    vae = HierarchicalVAE.from_diffusion(model, times)
+    found, expected = vae.denoising_elbo(x, samples=400, seed=0), sd.elbo(model, x, times=times, samples=64, seed=1)
+    assert ((found.total - expected.total).abs() < 4 * (found.stderr**2 + expected.stderr**2).sqrt()).all()
+
+
+def test_a_checkpoint_is_of_one_vae(tmp_path):
+    def run(**options):
+        vae = sd.VAE(GaussianMLP((2,), (1,), 4), GaussianMLP((1,), (2,), 4), **options)
+        sd.train(vae, vae.loss, torch.zeros(4, 2), steps=1, batch_size=4, seed=0, checkpoint=tmp_path, progress=False)
+
+    run()
+    run(likelihood=sd.GaussianLikelihood(), prior_std=1)
+    with pytest.raises(CheckpointError, match=r"prior_std was 1\.0, now 2\.0"):
+        run(prior_std=2.0)
+    with pytest.raises(CheckpointError, match=r"likelihood was 'GaussianLikelihood\(\)', now 'CategoricalLikelihood"):
+        run(likelihood=sd.CategoricalLikelihood(4))
+    assert affine_vae(0, (2, 2, 1)).identity["layers"] == 2
+
+
 # Bad input
 
 LINE = affine_vae(0, (2, 1))
 DEEP = affine_vae(0, (2, 2, 1))
 X = torch.zeros(3, 2, dtype=F64)
 FLOW = scalar_target().model(sd.RectifiedFlow(t_max=1.0))
+LEARNS = sd.ScoreModel(lambda x, t: x, sd.LearnedVP())
 BLIND = sd.ScoreModel(lambda x, t: x, sd.RectifiedFlow(t_max=1.0))
 STD = nn.Module()
+SINGLE = sd.VAE(GaussianMLP((2,), (2,), 4), GaussianMLP((2,), (2,), 4))
 SIX = sd.CategoricalLikelihood(6)
 
 
@@ -625,14 +707,23 @@ def wrong(encoder):
             ["decoder[1]", "(3, 2)", "(3, 3)"],
         ),
         (lambda: GaussianMLP((2,), (1,))(torch.zeros(3, 4)), ShapeError, ["GaussianMLP", "(2,)", "(4,)"]),
-        (lambda: SIX.log_prob(X, X), ShapeError, ["logits", "(3, 2, 6)", "(3, 2)"]),
+        (lambda: SIX.log_prob(X, X), ShapeError, ["logits", "(batch, *event, 6)", "(3, 2)"]),
         (lambda: SIX.log_prob((X, X), X), ShapeError, ["logits", "tuple"]),
+        (lambda: SIX.log_prob(torch.zeros(3, 1, 6), X), ShapeError, ["logits", "(3, 2, 6)", "(3, 1, 6)"]),
+        (lambda: SIX.mean((X, X)), ShapeError, ["logits", "(batch, *event, 6)", "tuple"]),
+        (lambda: SIX.draw(X, X), ShapeError, ["logits", "(3, 2)"]),
+        (lambda: LINE.elbo(X[:0]), ShapeError, ["at least one row", "0 rows"]),
+        (lambda: LINE.encode(X[:0]), ShapeError, ["at least one row", "0 rows"]),
+        (lambda: SINGLE.elbo(X), ShapeError, ["float64", "float32", "x.float()", "vae.double()"]),
+        (lambda: SINGLE.decode(X), ShapeError, ["float64", "float32"]),
+        (lambda: HierarchicalVAE(STD, STD), OptionError, ["lists of modules", "Module", "[encoder]", "VAE("]),
         (lambda: SIX.log_prob(torch.zeros(3, 2, 6), X + 4), OptionError, ["[-1, 1]", "4 to 4", "2 c + 1"]),
         (lambda: SIX.log_prob(torch.zeros(3, 2, 6), X + torch.nan), OptionError, ["[-1, 1]", "nan"]),
         (lambda: HierarchicalVAE.from_diffusion(FLOW, [0.5]), TimeError, ["at least two", "(1,)"]),
         (lambda: HierarchicalVAE.from_diffusion(FLOW, [0.1, 0.5]), TimeError, ["decreasing", "0.1", "0.5"]),
         (lambda: HierarchicalVAE.from_diffusion(FLOW, [2.0, 0.5]), TimeError, ["2"]),
-        (lambda: HierarchicalVAE.from_diffusion(FLOW, [1.0, 0.0]), OptionError, ["positive std", "0.0"]),
+        (lambda: HierarchicalVAE.from_diffusion(FLOW, [1.0, 0.0]), TimeError, ["no noise at t = 0", "end the times"]),
+        (lambda: HierarchicalVAE.from_diffusion(LEARNS, [1.0, 0.5]), CapabilityError, ["still learns", "sd.VDM"]),
         (lambda: HierarchicalVAE.from_diffusion(BLIND, [1.0, 0.5]), CapabilityError, ["alpha is 0", "'noise'"]),
     ],
 )

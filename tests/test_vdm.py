@@ -1,6 +1,7 @@
 """Variational diffusion models: the loss in closed form, its gradients, and a variance that falls."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 
 import sdediff as sd
 from sdediff.decoders import DiscretizedGaussian, Softmax
-from sdediff.errors import OptionError, SDEError, ShapeError, TimeError
+from sdediff.errors import CapabilityError, CheckpointError, OptionError, SDEError, ShapeError, TimeError
 from sdediff.networks import MLP, FourierFeatures
 
 F64 = torch.float64
@@ -82,6 +83,24 @@ def test_the_terms_are_their_closed_forms(x):
     torch.testing.assert_close(parts.total, parts.prior - parts.reconstruction + parts.diffusion)
 
 
+@pytest.mark.parametrize("x", [MEAN, 2.0])
+def test_the_ends_are_pulled_where_the_bound_rises(x):
+    """At the mean of the data, both the least and the most noise should be more extreme."""
+    sde = sd.LearnedVP(gamma_min=-3.0, gamma_max=2.0)
+    times = sde.t_min + (sde.t_max - sde.t_min) * (TIMES + 1) / 2
+    noise = NODES.repeat(len(times))[:, None]
+    rows, t = torch.full_like(noise, x), times.repeat_interleave(len(NODES))
+    loss = sd.variational(scalar_target().model(sde), rows, t=t, noise=noise, noise_0=noise).total
+    found = torch.autograd.grad(TIME_WEIGHTS / 2 @ (loss.reshape(len(times), -1) @ WEIGHTS), sde.ends)[0].tolist()
+    h = 1e-5
+    bend = (noise_error(-3.0 + h, x) - noise_error(-3.0 - h, x)) / (2 * h)
+    low = (1 + bend - noise_error(-3.0, x)) / 2
+    high = (noise_error(2.0, x) - math.exp(-2.0) * x**2) / 2
+    assert abs(found[0] - low) < 1e-6
+    assert abs(found[1] - high) < 1e-6
+    assert (x != MEAN) or found[0] > 0 > found[1]
+
+
 @settings(max_examples=10)
 @given(st.integers(0, 1000), st.floats(-2, 2), st.floats(-12, -5), st.floats(1, 6))
 def test_the_loss_does_not_depend_on_the_curve_between_the_ends(seed, x, low, high):
@@ -109,11 +128,55 @@ def test_the_loss_of_steps_is_the_sum_of_divergences_and_tends_to_the_continuous
         parts = sd.variational(scalar_target().model(sde), rows, steps=steps, t=t, noise=noise)
         found = (parts.diffusion.reshape(steps, -1) @ WEIGHTS).mean().item()
         assert abs(found / expected - 1) < 1e-9
-        terms = sd.elbo(scalar_target().model(sde), rows[:4], times=grid.flip(0), samples=2, seed=0).terms
-        assert terms.shape == (steps, 4)
+        terms = sd.elbo(scalar_target().model(sde), rows[:64], times=grid.flip(0), samples=2, seed=0).terms
+        each = (parts.diffusion.detach().reshape(steps, -1) @ WEIGHTS).flip(0) / steps
+        assert ((terms.mean(1) - each).abs() < 5 * terms.std(1) / 8).all()
         assert found > limit, "steps cost something"
         errors.append(found - limit)
     assert 0.9 < fitted_order(errors, counts) < 1.1
+
+
+@pytest.mark.parametrize("prediction", ["data", "v", "flow"])
+@pytest.mark.parametrize("steps", [1, 4, None])
+def test_it_is_finite_and_right_where_no_signal_is_left(prediction, steps):
+    """A process that ends at alpha = 0: the sum over its steps, and the integral, are those of the closed form."""
+    sde, x, n = sd.RectifiedFlow(t_min=0.05, t_max=1.0), 1.9, len(NODES)
+    target = scalar_target()
+    model = sd.ScoreModel(lambda z, t: target.model(sde).view(prediction, t, z), sde, prediction)
+    if steps is None:
+        times, weights = sde.t_min + 0.95 * (TIMES + 1) / 2, TIME_WEIGHTS / 2
+    else:
+        times, weights = 0.05 + 0.95 * torch.arange(1, steps + 1, dtype=F64) / steps, torch.full((steps,), 1 / steps)
+    rows, noise = torch.full((len(times) * n, 1), x, dtype=F64), NODES.repeat(len(times))[:, None]
+    given_ = {"t": times.repeat_interleave(n), "noise": noise, "noise_0": noise, "steps": steps}
+    parts = sd.variational(model, rows, **given_)
+    found = weights.double() @ (parts.diffusion.reshape(-1, n) @ WEIGHTS)
+
+    def integrand(gamma):
+        return noise_error(gamma, x) / 2
+
+    if steps is None:  # what is above gamma = 60 is of order e^-60
+        expected = quad(integrand, -sde.log_snr(0.05), 60, epsabs=1e-12, epsrel=1e-10)[0]
+    else:
+        snr = ((1 - (times - 0.95 / steps)) / (times - 0.95 / steps)) ** 2, ((1 - times) / times) ** 2
+        mmse = [((x - MEAN) ** 2 + s * VARIANCE**2) / (s * VARIANCE + 1) ** 2 for s in snr[1].tolist()]
+        expected = sum((a - b) / 2 * m for a, b, m in zip(*(v.tolist() for v in snr), mmse, strict=True))
+    assert abs(found.item() / expected - 1) < 1e-6
+    assert bool((parts.prior == 0).all())
+    at_end = sd.variational(model, rows[:1], t=torch.ones(1), steps=steps)
+    assert bool(at_end.total.isfinite().all())
+
+
+def test_a_time_for_all_rows_is_one_for_each():
+    """Also for the curve, whose gradient is scaled row by row."""
+    sde, x = shaped(hidden=2, gamma_min=-2.0, gamma_max=2.0), torch.ones(3, 2, dtype=F64)
+    vdm, noise = sd.VDM(MLP((2,), 8, 1).double(), sde), torch.tensor([[0.1, 2.0], [1.0, -1.0], [0.0, 0.3]], dtype=F64)
+    slopes = []
+    for t in (0.4, torch.tensor(0.4, dtype=F64), torch.full((3,), 0.4, dtype=F64)):
+        loss = vdm.loss(x, t=t, noise=noise, noise_0=noise)
+        slopes.append(torch.autograd.grad(loss.mean(), sde.curve.shifts)[0])
+        torch.testing.assert_close(slopes[-1], slopes[0], rtol=1e-12, atol=0)
+    assert slopes[0].abs().max() > 1e-6
 
 
 def test_it_is_minus_the_bound_in_expectation():
@@ -158,6 +221,7 @@ def test_times_are_even_and_drawn_by_the_generator():
 @pytest.mark.parametrize("steps", [None, 6])
 @pytest.mark.parametrize("decoder", [None, Softmax(5), DiscretizedGaussian(5)])
 def test_one_backward_pass_gives_the_curve_the_mean_square_and_all_else_the_mean(steps, decoder):
+    """The mean square over twice the mean of the diffusion term as it is now."""
     torch.manual_seed(0)
     vdm = sd.VDM(
         MLP((2,), 8, 1).double(), shaped(hidden=2, size=0.3, gamma_min=-4.0, gamma_max=3.0), decoder, steps=steps
@@ -175,9 +239,13 @@ def test_one_backward_pass_gives_the_curve_the_mean_square_and_all_else_the_mean
     def mean():
         return vdm.loss(x, **given).mean().item()
 
+    def diffusion():
+        return sd.variational(vdm.model, x, decoder=decoder, steps=steps, **given).diffusion.detach()
+
+    now = diffusion().mean()
+
     def mean_square():
-        parts = sd.variational(vdm.model, x, decoder=decoder, steps=steps, **given)
-        return parts.diffusion.square().mean().item()
+        return (diffusion().square().mean() / (2 * now)).item()
 
     step = 1e-5
     for name, p in vdm.named_parameters():
@@ -209,7 +277,8 @@ def test_the_curve_hears_of_the_time_that_the_network_sees_too():
     for time in (None, lambda gamma: gamma / 3):
         vdm = sd.VDM(Seen(), sde, time=time)
         found = torch.autograd.grad(vdm.loss(x, t=t, noise=noise, noise_0=noise).mean(), sde.curve.shifts)[0]
-        square = sd.variational(vdm.model, x, t=t, noise=noise, noise_0=noise).diffusion.square().mean()
+        values = sd.variational(vdm.model, x, t=t, noise=noise, noise_0=noise).diffusion
+        square = values.square().mean() / (2 * values.detach().mean())
         torch.testing.assert_close(found, torch.autograd.grad(square, sde.curve.shifts)[0])
 
 
@@ -319,11 +388,52 @@ def test_ends_network_and_curve_are_learned_together():
     last, error = -found.total.mean(), found.total.std() / math.sqrt(len(x))
     assert entropy - 4 * error < last < entropy + 0.4 < first - 2, (entropy, last, first)
     assert losses[-50:].mean() < losses[:50].mean()
-    low, high = vdm.sde.ends.tolist()
+    low = vdm.sde.ends[0].item()
     assert low > -6.0, "noise that no code can be told apart by costs, and buys nothing"
-    assert high != 1.0
     drawn = sd.sample(vdm.model, (64, 2), seed=0).x
     assert decoder.sample(vdm.model, 1e-3, drawn, seed=0).shape == (64, 2)
+
+
+def test_clipping_leaves_the_network_its_share_of_the_gradient():
+    """The curve's gradient is of the size of the rest, so that a norm for both hardly slows the network."""
+    moved, x = [], mixture().sample(512, seed=2).float()
+    for clip in ({"clip": None}, {}):
+        torch.manual_seed(0)
+        vdm = sd.VDM(MLP((6,), 16, 1), sd.LearnedVP(hidden=8))
+        before = nn.utils.parameters_to_vector(vdm.network.parameters()).detach().clone()
+        sd.train(vdm, vdm.loss, x, steps=60, lr=1e-2, ema=0.0, warmup=1, seed=0, progress=False, **clip)
+        moved.append(nn.utils.parameters_to_vector(vdm.network.parameters()).detach() - before)
+    share = sum(p.grad.square().sum() for p in vdm.network.parameters()).sqrt()
+    assert share > 0.1, "of a gradient of norm 1; 0.005 beside the gradient of the mean square itself"
+    assert torch.cosine_similarity(*moved, dim=0) > 0.97
+    assert 0.9 < moved[1].norm() / moved[0].norm() < 1.1
+
+
+def test_a_checkpoint_is_of_one_setting(tmp_path):
+    def run(*options, **named):
+        vdm = sd.VDM(MLP((2,), 8, 1), *options, **named)
+        x = Softmax(5).points(torch.zeros(4, 2, dtype=torch.long))
+        sd.train(vdm, vdm.loss, x, steps=1, batch_size=4, seed=0, checkpoint=tmp_path, progress=False)
+
+    run(sd.LearnedVP(gamma_max=3.0), Softmax(5))
+    run(sd.LearnedVP(gamma_max=4.0), Softmax(5))  # its ends are learned: those of the checkpoint
+    for options, named, said in (
+        ((sd.LearnedVP(), Softmax(5)), {"prediction": "v"}, "prediction was 'noise', now 'v'"),
+        ((sd.LearnedVP(), Softmax(5)), {"steps": 4}, "loss_steps was None, now 4"),
+        ((sd.LearnedVP(), DiscretizedGaussian(5)), {}, "decoder was 'Softmax"),
+        ((sd.LearnedVP(t_max=2.0), Softmax(5)), {}, "span was"),
+        ((sd.VP(), Softmax(5)), {}, "sde was 'LearnedVP', now 'VP"),
+        ((sd.LearnedVP(), Softmax(5)), {"sigma_data": 1.0}, "sigma_data was 0.5, now 1.0"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            run(*options, **named)
+
+
+def test_edm_is_told_the_deviation_of_the_data():
+    vdm = sd.VDM(MLP((2,), 8, 1), sd.VP(), prediction="edm", sigma_data=2.0)
+    assert vdm.model.sigma_data == 2.0
+    with pytest.raises(OptionError, match="sigma_data must be positive"):
+        sd.VDM(MLP((2,), 8, 1), sd.VP(), prediction="edm", sigma_data=-1.0)
 
 
 def test_any_linear_sde_serves_and_stays_as_it_is():
@@ -373,6 +483,21 @@ def test_fourier_features_are_channels_beside_the_input(event):
     assert seen[1][2] is None
 
 
+def test_fourier_features_are_loaded_with_the_network_inside(tmp_path):
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    model = sd.ScoreModel(FourierFeatures(MLP((9,), 8, 1), (2.5,)), sd.VP())
+    with torch.no_grad():
+        for p in model.network.parameters():
+            p += 0.3
+    sd.save(model, tmp_path)
+    found = sd.load(tmp_path)
+    assert found.network.frequencies == (2.5,)
+    assert torch.equal(found.noise(0.3, x), model.noise(0.3, x))
+    sd.save(sd.ScoreModel(FourierFeatures(nn.Linear(9, 9)), sd.VP()), tmp_path)
+    with pytest.raises(CheckpointError, match="network of your own"):
+        sd.load(tmp_path)
+
+
 def test_fourier_features_serve_the_networks_of_the_library():
     x, t = torch.randn(2, 3), torch.tensor([0.1, 0.2])
     assert FourierFeatures(MLP((15,), 8, 1), (8.5, 17.0))(x, t).shape == (2, 3)
@@ -385,6 +510,8 @@ def test_fourier_features_serve_the_networks_of_the_library():
 
 X = torch.zeros(2, 3)
 MODEL = scalar_target().model(sd.VP())
+BLIND = sd.ScoreModel(lambda x, t: x, sd.RectifiedFlow(t_max=1.0))
+NOISELESS = sd.ScoreModel(lambda x, t: x, sd.RectifiedFlow(t_min=0.0), "data")
 
 
 @pytest.mark.parametrize(
@@ -403,6 +530,9 @@ MODEL = scalar_target().model(sd.VP())
             ["t = 1.5 lies outside"],
         ),
         (lambda: sd.variational(MODEL, X[:, :1], t=torch.ones(3)), ShapeError, ["(2,)", "(3,)"]),
+        (lambda: sd.variational(MODEL, X[:, :1], t=0.0), TimeError, ["t = 0 lies outside the span [", "1] of VP"]),
+        (lambda: sd.variational(BLIND, X, t=1.0), CapabilityError, ["t = 1 alpha is 0", "'noise'", "'data' or 'v'"]),
+        (lambda: sd.variational(NOISELESS, X), TimeError, ["no noise at t_min = 0", "raise its t_min"]),
         (lambda: sd.variational(MODEL, X[:, :1].long()), ShapeError, ["floating-point"]),
         (
             lambda: sd.VDM(MLP((3,), 8, 1), sd.LearnedVP(), Softmax(5)).loss(X + 0.1),
@@ -413,6 +543,7 @@ MODEL = scalar_target().model(sd.VP())
         (lambda: sd.VDM(MLP((3,)), sd.LearnedVP(), 256), OptionError, ["Softmax(levels=256)", "got 256"]),
         (lambda: sd.VDM(MLP((3,)), sd.LearnedVP(), steps=0), OptionError, ["steps >= 1", "got 0"]),
         (lambda: sd.VDM(MLP((3,)), sd.LearnedVP(), prediction="x"), OptionError, ["Unknown prediction 'x'"]),
+        (lambda: FourierFeatures(MLP(()))(X[:, 0], X[:, 0]), ShapeError, ["axis 1", "x[:, None]"]),
         (lambda: FourierFeatures(MLP((3,)), ()), OptionError, ["positive frequencies"]),
         (lambda: FourierFeatures(MLP((3,)), (1.0, -2.0)), OptionError, ["positive", "-2.0"]),
     ],
