@@ -154,7 +154,8 @@ class NoiseLevels:
         if self._over is None:
             return losses
         meant = self._over.weight(self._sde, self.t)
-        share = self._law.weight(self._sde, self.t) / meant
+        # times have no graph to a learned schedule, so neither has the density that they were drawn by
+        share = self._law.weight(self._sde, self.t).detach() / meant
         if torch.is_grad_enabled():
-            self._law.observe(self._sde, self.t, losses.detach().to(meant) / meant)
+            self._law.observe(self._sde, self.t, (losses.to(meant) / meant).detach())
         return losses * share.to(losses)
