@@ -111,6 +111,10 @@ class Law(ABC):
     def observe(self, sde: LinearSDE, t: PerRow, losses: PerRow) -> None:  # noqa: B027  # most laws learn nothing
         """Learn from the losses f(t) of some rows, without their weights."""
 
+    def points(self, sde: LinearSDE) -> Tensor | None:
+        """The times of a law that draws some times equally often, float64, rising; None for laws with a density."""
+        return None
+
     def starts(self, sde: LinearSDE, t: Tensor) -> Tensor:
         """Where the steps begin that end at these times, for laws on the steps of a grid."""
         raise CapabilityError(f"Steps that end at a time are those of a grid: write times=Steps(grid); got {self}.")
@@ -234,8 +238,11 @@ class Steps(Law):
         sde.check_span(rising, "times")
         return rising
 
+    def points(self, sde: LinearSDE) -> Tensor:
+        return self.of(sde)[1:]
+
     def time(self, sde: LinearSDE, u: Tensor) -> Tensor:
-        return _nth(self.of(sde)[1:], u)
+        return _nth(self.points(sde), u)
 
     def weight(self, sde: LinearSDE, t: Tensor) -> Tensor:
         grid = self.of(sde)
@@ -264,10 +271,13 @@ class Levels(Law):
         super().__post_init__()
         object.__setattr__(self, "levels", _rising(self.levels, "Levels", 1))
 
-    def time(self, sde: LinearSDE, u: Tensor) -> Tensor:
+    def points(self, sde: LinearSDE) -> Tensor:
         levels = as_time(self.levels)
         sde.check_span(levels, "levels")
-        return _nth(levels, u)
+        return levels
+
+    def time(self, sde: LinearSDE, u: Tensor) -> Tensor:
+        return _nth(self.points(sde), u)
 
     def weight(self, sde: LinearSDE, t: Tensor) -> Tensor:
         _index(as_time(self.levels), t, "one of the levels", SLACK * sde.t_max)
@@ -289,7 +299,8 @@ class LossAware(nn.Module, Law):
 
     Args:
         base: the other law, `Even()` if None.
-        bins: their number; with `Levels` or `Steps`, as many as there are of these, or a divisor of that.
+        bins: their number; with `Levels` or `Steps`, as many as there are of these, or a divisor of that (a chain of
+            1000 betas has 999 steps: 999, 333, 111, 37, 27, 9, 3).
         history: losses remembered of every bin.
         floor: part of the numbers drawn evenly, in (0, 1].
     """
@@ -325,7 +336,11 @@ class LossAware(nn.Module, Law):
         ends = p.cumsum(0)
         chosen = torch.searchsorted(ends, u, right=True).clamp(max=self.bins - 1)
         part = ((u - (ends - p)[chosen]) / p[chosen]).clamp(0, 1 - 2**-30)  # rounding must not leave the bin
-        return self.base.time(sde, (chosen + part) / self.bins)
+        points = self.base.points(sde)
+        if points is None:
+            return self.base.time(sde, (chosen + part) / self.bins)
+        each = self._points_in_a_bin(points)
+        return points[chosen * each + (part * each).long()]
 
     def weight(self, sde: LinearSDE, t: Tensor) -> Tensor:
         return self.base.weight(sde, t) / (self.bins * self.probabilities[self.bin(sde, t)]).to(t.device)
@@ -335,8 +350,22 @@ class LossAware(nn.Module, Law):
 
     def bin(self, sde: LinearSDE, t: Tensor) -> Tensor:
         """The bins of times, whole numbers of their shape, on the CPU."""
+        points, t = self.base.points(sde), t.detach().cpu()
+        if points is not None:
+            each = self._points_in_a_bin(points)
+            return _index(points, t, "one of the times", SLACK * sde.t_max) // each
         borders = self.base.time(sde, torch.arange(1, self.bins, dtype=torch.float64) / self.bins)
-        return torch.searchsorted(borders, t.detach().cpu().contiguous(), right=True)
+        return torch.searchsorted(borders, t.contiguous(), right=True)
+
+    def _points_in_a_bin(self, points: Tensor) -> int:
+        n = len(points)
+        if n % self.bins:
+            nearest = min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - self.bins))
+            raise OptionError(
+                f"The bins of LossAware must hold equally many of the {n} times of {self.base}; got bins = "
+                f"{self.bins}: write bins={nearest} or bins={n}."
+            )
+        return n // self.bins
 
     def observe(self, sde: LinearSDE, t: PerRow, losses: PerRow) -> None:
         losses = as_float64(losses.detach()).cpu() * self.base.weight(sde, t).cpu()

@@ -273,6 +273,32 @@ def test_a_bin_is_drawn_as_often_as_it_should_and_weighs_the_inverse(base):
     assert law.bin(sde, base.time(sde, u)).tolist() == [i // 10 for i in range(50)]
 
 
+@pytest.mark.parametrize(
+    ("base", "sde", "bins", "n"),
+    [
+        (Levels(torch.linspace(0.01, 1, 100)), VP, 100, 100),
+        (Steps(torch.linspace(0.1, 1, 101)), VP, 50, 100),
+        (Steps(), sd.DiscreteVP(torch.linspace(1e-4, 0.02, 1000)), 333, 999),
+    ],
+    ids=["levels", "steps", "chain"],
+)
+def test_bins_of_points_hold_equally_many_and_their_mean_is_exact(base, sde, bins, n):
+    """0.29 * 100 is less than 29: borders between points come from their indices, not from their numbers."""
+    law = trained(base, sde, bins=bins)
+    assert bool((law.count == 10).all())
+    points = base.points(sde)
+    assert law.bin(sde, points).tolist() == [i * bins // n for i in range(n)]
+    ends = law.probabilities.cumsum(0)
+    starts = ends - law.probabilities
+    inside = [law.time(sde, starts + part * law.probabilities) for part in (1e-6, 1 - 1e-6)]
+    assert torch.equal(inside[0], points[:: n // bins])
+    assert torch.equal(inside[1], points[n // bins - 1 :: n // bins])
+    within = law.probabilities[law.bin(sde, points)] * bins / n
+    torch.testing.assert_close(
+        (law.weight(sde, points) * within * points).sum(), (base.weight(sde, points) * points).mean()
+    )
+
+
 def test_losses_seen_are_those_per_number_of_the_other_law():
     """So that the law that is best for a product with the weight is found."""
     law, base = LossAware(LogSNR(), bins=2, history=1), LogSNR()
@@ -432,6 +458,10 @@ BAD = {
     "not a step": (TimeError, lambda: Steps([0.2, 0.5]).weight(VP, torch.tensor([0.3])), "t = 0.3", "end of a step"),
     "not a level": (TimeError, lambda: Levels([0.2, 0.5]).weight(VP, torch.tensor([0.3])), "t = 0.3", "the levels"),
     "base": (OptionError, lambda: LossAware("even"), "'even'", r"Even\(\)"),
+    "bins of points": (
+        OptionError, lambda: LossAware(Steps()).draw(sd.DiscreteVP(torch.full((1000,), 0.01)), 4), "999 times",
+        "bins=111 or bins=999",
+    ),
     "bins": (OptionError, lambda: LossAware(bins=0), "bins = 0", "bins, history >= 1"),
     "floor": (OptionError, lambda: LossAware(floor=0.0), "floor = 0.0", "0 < floor <= 1"),
     "steps": (CapabilityError, lambda: denoising(MODEL, X, weighting="vlb", times=Even()), "Even", r"Steps\(grid\)"),
