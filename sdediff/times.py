@@ -89,7 +89,7 @@ class Law(ABC):
         numbers: how uniform numbers are drawn, one of `NUMBERS`.
     """
 
-    numbers: str
+    numbers: str = "low_discrepancy"
 
     def __post_init__(self) -> None:
         if self.numbers not in NUMBERS:
@@ -253,7 +253,8 @@ class Steps(Law):
         return grid.to(t.device)[_index(grid[1:], t, "the end of a step", SLACK * sde.t_max)]
 
     def __repr__(self) -> str:
-        return "Steps()" if self.grid is None else f"Steps({_ends(self.grid, -1)} steps, {self.numbers!r})"
+        grid = "None" if self.grid is None else f"{_ends(self.grid, -1)} steps"
+        return f"Steps({grid}, {self.numbers!r})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -304,6 +305,9 @@ class LossAware(nn.Module, Law):
         history: losses remembered of every bin.
         floor: part of the numbers drawn evenly, in (0, 1].
     """
+
+    unaveraged = True
+    """The buffers are a history, of which `train` must not make a moving average."""
 
     def __init__(self, base: Law | None = None, *, bins: int = 100, history: int = 10, floor: float = 0.001) -> None:
         super().__init__()
@@ -394,6 +398,12 @@ class LossAware(nn.Module, Law):
 
 
 # Parts.
+
+
+def check_law(times: object) -> None:
+    """Refuse what is not a law of times with a sentence."""
+    if not isinstance(times, Law):
+        raise OptionError(f"times must be a law of times such as times.Even() or times.LogSNR(); got {times!r}.")
 
 
 def _rate(sde: LinearSDE, t: Tensor) -> Tensor:

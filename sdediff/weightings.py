@@ -42,7 +42,7 @@ from sdediff.errors import OptionError, ShapeError
 from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
 from sdediff.shapes import PerRow, State, as_float64, as_time
-from sdediff.times import Even, Law, LogNormal, LogSNR, Steps
+from sdediff.times import Even, Law, LogNormal, LogSNR, Steps, check_law
 
 _EVEN = Even()
 
@@ -135,8 +135,7 @@ class NoiseLevels:
             raise OptionError(f"Unknown weighting {weighting!r}: write one of {', '.join(map(repr, WEIGHTINGS))}.")
         chosen = WEIGHTINGS[weighting]
         law = chosen.law if times is None else times
-        if not isinstance(law, Law):
-            raise OptionError(f"times must be a law of times such as times.Even() or times.LogSNR(); got {times!r}.")
+        check_law(law)
         if t is None:
             clock, _ = law.draw(model.linear, len(x0), generator=generator)
         else:
