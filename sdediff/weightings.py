@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdediff.errors import OptionError, ShapeError
+from sdediff.errors import OptionError, ShapeError, TimeError
 from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
 from sdediff.shapes import PerRow, State, as_float64, as_time
@@ -133,6 +133,8 @@ class NoiseLevels:
         """Draw what is not given; the arguments are those of `losses.denoising`."""
         if weighting not in WEIGHTINGS:
             raise OptionError(f"Unknown weighting {weighting!r}: write one of {', '.join(map(repr, WEIGHTINGS))}.")
+        if len(x0) == 0:
+            raise ShapeError(f"A loss needs at least one row; got data of shape {tuple(x0.shape)}.")
         chosen = WEIGHTINGS[weighting]
         law = chosen.law if times is None else times
         check_law(law)
@@ -146,6 +148,11 @@ class NoiseLevels:
         if noise is None:
             noise = torch.randn(x0.shape, dtype=x0.dtype, generator=generator).to(x0.device)
         weight = chosen.weight(model, clock, law)
+        if not bool(weight.isfinite().all()):
+            raise TimeError(
+                f"The weighting {weighting!r} is not finite at t = {clock[~weight.isfinite()][0].item():g} of "
+                f"{model.linear}: leave it out by a larger t_min or a smaller t_max, or write weighting='simple'."
+            )
         return cls(clock, weight, noise, model.linear, law, chosen.over if t is None else None)
 
     def shared(self, losses: PerRow) -> PerRow:

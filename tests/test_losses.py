@@ -409,3 +409,37 @@ def test_gradients_in_a_learned_schedule_are_those_of_the_expectation(weighting,
                 sides.append(mean())
                 parameter[i] -= step
         assert slope.item() == pytest.approx(((sides[0] - sides[1]) / 2e-3).item(), rel=2e-3, abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PREDICTIONS if kind != "edm"])
+@pytest.mark.parametrize("weighting", ["simple", "min_snr"])
+def test_the_loss_is_finite_and_continuous_where_no_data_is_left(kind, weighting):
+    """At alpha = 0 an error of v, of the flow or of the data is none of the noise."""
+    sde = sd.RectifiedFlow(t_max=1.0)
+    scale = torch.tensor(0.3, dtype=F64, requires_grad=True)
+    model = ScoreModel(lambda x, t: scale * x, sde, kind)
+    x0, noise = torch.randn(2, 5, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    at_end, before = (denoising(model, x0, weighting=weighting, t=t, noise=noise) for t in (1.0, 1 - 1e-8))
+    torch.testing.assert_close(at_end, before, rtol=1e-6, atol=1e-6)
+    assert bool((at_end > 0).all()) == (kind in ("noise", "score"))
+    assert torch.autograd.grad(at_end.sum(), scale)[0].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("weighting", "sde", "t", "place"),
+    [
+        ("snr", sd.RectifiedFlow(t_max=1.0), 1.0, "t = 1"),
+        ("edm", sd.RectifiedFlow(t_max=1.0), 1.0, "t = 1"),
+        ("vlb", sd.VP(t_min=0.0), 0.001, "t = 0.001"),
+        ("likelihood", sd.VP(t_min=0.0), 0.0, "t = 0"),
+    ],
+)
+def test_an_infinite_weight_is_refused_and_its_time_named(weighting, sde, t, place):
+    model = ScoreModel(lambda x, t: x, sde, "v")
+    with pytest.raises(sd.TimeError, match=f"'{weighting}' is not finite at {place} of .*weighting='simple'"):
+        denoising(model, torch.zeros(3, 2), weighting=weighting, t=t)
+
+
+def test_a_loss_of_no_rows_is_refused():
+    with pytest.raises(sd.ShapeError, match=r"at least one row; got data of shape \(0, 2\)"):
+        denoising(ScoreModel(lambda x, t: x, sd.VP()), torch.zeros(0, 2))
