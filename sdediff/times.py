@@ -250,7 +250,11 @@ class Steps(Law):
 
     def starts(self, sde: LinearSDE, t: Tensor) -> Tensor:
         grid = self.of(sde)
-        return grid.to(t.device)[_index(grid[1:], t, "the end of a step", SLACK * sde.t_max)]
+        starts = grid.to(t.device)[_index(grid[1:], t, "the end of a step", SLACK * sde.t_max)]
+        empty = t <= starts  # the start of the first step, if that is shorter than the slack
+        if bool(empty.any()):
+            raise TimeError(f"t = {t[empty].reshape(-1)[0]:g} is the start of {self}, and not the end of a step.")
+        return starts
 
     def __repr__(self) -> str:
         grid = "None" if self.grid is None else f"{_ends(self.grid, -1)} steps"

@@ -516,6 +516,10 @@ BAD = {
     "not a step": (TimeError, lambda: Steps([0.2, 0.5]).weight(VP, torch.tensor([0.3])), "t = 0.3", "end of a step"),
     "not a level": (TimeError, lambda: Levels([0.2, 0.5]).weight(VP, torch.tensor([0.3])), "t = 0.3", "the levels"),
     "base": (OptionError, lambda: LossAware("even"), "'even'", r"Even\(\)"),
+    "start of a fine grid": (
+        TimeError, lambda: denoising(MODEL, X, weighting="vlb", times=Steps([0.5, 0.5 + 1e-8]), t=0.5), "t = 0.5",
+        "not the end of a step",
+    ),
     "bins of points": (
         OptionError, lambda: LossAware(Steps()).draw(sd.DiscreteVP(torch.full((1000,), 0.01)), 4), "999 times",
         "bins=111 or bins=999",
