@@ -40,7 +40,8 @@ def recolor(
     x is known to have, as it is for noise, and then every row is moved by itself: `recolor(noise, cov, mean=0,
     x_cov=1.0)` has draws of N(0, cov). `recolor(x, 1.0)` whitens.
 
-    If C is singular (to the rounding of its dtype), its pseudo-inverse is taken, as long as `cov` asks for no variance where x has none.
+    If C is singular (to the rounding of its dtype), its pseudo-inverse is taken, as long as `cov` asks for no variance
+    where x has none.
 
     Args:
         x: `(batch, *event)`; events are flattened to D entries.

@@ -19,7 +19,8 @@ to `sqrt(E f^2)`.
 | `LossAware` | of another law, times sqrt(E L^2) of the losses seen in each of its bins | losses of unknown size |
 
 Times on a grid have no density. `Steps` takes the Riemann sum for the integral: it draws each of its n steps (s, t]
-equally often, and the weight `n (t - s) / (t_max - t_min)`. `Levels` has the mean over its levels in place of that over
+equally often, with the weight `n (t - s) / (last - first)`, so that its mean is that over the span of its grid, which
+may be part of that of the SDE. `Levels` has the mean over its levels in place of that over
 even times. In `LossAware`, losses are those per number of the other law, which its weight is part of.
 
 A law is a rising map from numbers u in [0, 1) to times, and those numbers may be drawn in three ways: "independent",
@@ -101,7 +102,10 @@ class Law(ABC):
 
     @abstractmethod
     def weight(self, sde: LinearSDE, t: Tensor) -> Tensor:
-        """What makes the mean of `weight f(t)` over this law that over even times; float64, of the shape of t."""
+        """What makes the mean of `weight f(t)` over this law that over even times; float64, of the shape of t.
+
+        (For `Steps` over even times of the span of its grid, for `Levels` over its levels.)
+        """
 
     def draw(self, sde: LinearSDE, n: int, *, generator: Generator = None) -> tuple[PerRow, PerRow]:
         """Times and their weights, float64 `(n,)` each."""

@@ -16,13 +16,14 @@ The mean is over even times of `[t_min, t_max]`; for "edm", over times at which 
 | "min_snr" | min(snr, 5) / snr | min-SNR-5 on the data |
 | "edm" | (s^2 + s_d^2) / s_d^2, s = sigma / alpha | Karras's |
 
-`D (t_max - t_min)` times the loss is the diffusion term of the bound in nats with "likelihood", and with "vlb" that of
-its discrete form, in which a step has `1/2 (snr(s) - snr(t)) E|x_0 - xhat|^2`. On a chain of betas the weight of a step
+`D (t_max - t_min)` times the loss is the diffusion term of the bound in nats with "likelihood", and with "vlb" and the
+length of its grid in place of `t_max - t_min` that of its discrete form on that grid, in which a step has `1/2 (snr(s) - snr(t)) E|x_0 - xhat|^2`. On a chain of betas the weight of a step
 is DDPM's `beta^2 / (2 v a (1 - abar))` with the posterior variance v.
 
 Each weighting also has a law by which times are drawn (`sdediff.times`), for "likelihood" those even in log SNR, for
-"vlb" the steps of a grid. Any other law may take its place, and the mean stays the same; only that of "vlb" must be one
-on steps, which are then those meant.
+"vlb" the steps of a grid. Any other law with a density on the span may take its place, and the mean stays the same.
+With `Steps` of a grid that is part of the span it is that over this part, with `Levels` that over the levels. The law
+of "vlb" must be one on steps, which are then those meant.
 
 References: Ho et al. 2020 (arXiv:2006.11239); Song and Ermon 2019 (arXiv:1907.05600); Song et al. 2021
 (arXiv:2101.09258), likelihood weighting; Kingma et al. 2021 (arXiv:2107.00630), the bound; Salimans and Ho 2022
