@@ -17,8 +17,9 @@ The mean is over even times of `[t_min, t_max]`; for "edm", over times at which 
 | "edm" | (s^2 + s_d^2) / s_d^2, s = sigma / alpha | Karras's |
 
 `D (t_max - t_min)` times the loss is the diffusion term of the bound in nats with "likelihood", and with "vlb" and the
-length of its grid in place of `t_max - t_min` that of its discrete form on that grid, in which a step has `1/2 (snr(s) - snr(t)) E|x_0 - xhat|^2`. On a chain of betas the weight of a step
-is DDPM's `beta^2 / (2 v a (1 - abar))` with the posterior variance v.
+length of its grid in place of `t_max - t_min` that of its discrete form on that grid, in which a step has
+`1/2 (snr(s) - snr(t)) E|x_0 - xhat|^2`. On a chain of betas the weight of a step is DDPM's
+`beta^2 / (2 v a (1 - abar))` with the posterior variance v.
 
 Each weighting also has a law by which times are drawn (`sdediff.times`), for "likelihood" those even in log SNR, for
 "vlb" the steps of a grid. Any other law with a density on the span may take its place, and the mean stays the same.
