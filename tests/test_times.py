@@ -300,6 +300,11 @@ def test_bins_of_points_hold_equally_many_and_their_mean_is_exact(base, sde, bin
     )
 
 
+def test_a_bin_begins_with_its_border():
+    borders = Even().time(VP, torch.arange(4, dtype=F64) / 4)
+    assert LossAware(bins=4).bin(VP, borders).tolist() == [0, 1, 2, 3]
+
+
 def test_losses_seen_are_those_per_number_of_the_other_law():
     """So that the law that is best for a product with the weight is found."""
     law, base = LossAware(LogSNR(), bins=2, history=1), LogSNR()
