@@ -293,6 +293,7 @@ def test_bins_of_points_hold_equally_many_and_their_mean_is_exact(base, sde, bin
     starts = ends - law.probabilities
     inside = [law.time(sde, starts + part * law.probabilities) for part in (1e-6, 1 - 1e-6)]
     assert torch.equal(inside[0], points[:: n // bins])
+    assert torch.equal(law.time(sde, ends[:-1]), points[n // bins :: n // bins])
     assert torch.equal(inside[1], points[n // bins - 1 :: n // bins])
     within = law.probabilities[law.bin(sde, points)] * bins / n
     torch.testing.assert_close(
