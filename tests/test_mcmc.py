@@ -317,6 +317,8 @@ def test_a_model_of_an_energy_is_called_as_every_model_is(dtype):
     assert network.calls[0][:2] == (torch.float32, torch.int64)
     plain = sd.mala(lambda x: -0.5 * x.square().sum(1), x, step=0.1, steps=2, seed=0)
     torch.testing.assert_close(chain.x, plain.x, rtol=1e-5, atol=1e-6)
+    network.double()
+    assert sd.mala(model, x, t=0.5, step=0.1, steps=1, seed=0).x.dtype == dtype
 
 
 # Bad input
