@@ -40,7 +40,8 @@ def recolor(
     x is known to have, as it is for noise, and then every row is moved by itself: `recolor(noise, cov, mean=0,
     x_cov=1.0)` has draws of N(0, cov). `recolor(x, 1.0)` whitens.
 
-    If C is singular, its pseudo-inverse is taken, as long as `cov` asks for no variance where x has none.
+    If C is singular (to the rounding of its dtype), its pseudo-inverse is taken, as long as `cov` asks for no variance
+    where x has none.
 
     Args:
         x: `(batch, *event)`; events are flattened to D entries.
@@ -68,7 +69,7 @@ def recolor(
     elif mean is not None and x_cov is not None:
         centre = _centre(mean, x).to(flat)
         known, basis = _eigen(x_cov, flat.shape[1], "x_cov")
-        present = known > 1e-14 * known.sum()
+        present = known > max(1e-14, len(known) * _precision(x_cov)) * known.max()
         known, basis = known[present], basis[:, present].to(flat)
         centred = flat - centre
         stray = (centred - centred @ basis @ basis.T).abs().max().item() if not bool(present.all()) else 0.0
@@ -163,8 +164,7 @@ def _eigen(cov: Tensor | float, size: int, name: str) -> tuple[Tensor, Tensor]:
         )
     if not bool(matrix.isfinite().all()):
         raise OptionError(f"{name} has entries that are NaN or infinite.")
-    precision = torch.finfo(cov.dtype).eps if isinstance(cov, Tensor) and cov.is_floating_point() else 0.0
-    rounding = max(1e-8, size * precision) * matrix.abs().max().item()
+    rounding = max(1e-8, size * _precision(cov)) * matrix.abs().max().item()
     off = (matrix - matrix.T).abs().max().item()
     if off > rounding:
         raise OptionError(
@@ -175,6 +175,11 @@ def _eigen(cov: Tensor | float, size: int, name: str) -> tuple[Tensor, Tensor]:
     if eigenvalues[0] < -rounding:
         raise OptionError(f"{name} must be positive semi-definite; its smallest eigenvalue is {eigenvalues[0]:.3g}.")
     return eigenvalues.clamp(min=0), axes
+
+
+def _precision(cov: Tensor | float) -> float:
+    """The rounding of its dtype; none of whole numbers, and of numbers that are not in a tensor."""
+    return torch.finfo(cov.dtype).eps if isinstance(cov, Tensor) and cov.is_floating_point() else 0.0
 
 
 def _centre(mean: Tensor | float, x: State) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from sdediff.extended import noise_residual as noise_residual
 from sdediff.extended import squared_noise as squared_noise
 from sdediff.iddpm import hybrid as hybrid
-from sdediff.model import ScoreModel
+from sdediff.model import PREDICTIONS, ScoreModel
 from sdediff.score_matching import energy_difference as energy_difference
 from sdediff.score_matching import finite_difference as finite_difference
 from sdediff.score_matching import implicit as implicit
@@ -61,14 +61,16 @@ def denoising(
     Raises:
         OptionError: unknown weighting, or times is not a law.
         CapabilityError: "vlb" with a law that has no steps.
+        TimeError: the weight is infinite at a time, or the time is not in the span or not one of the law's.
     """
     check_state(x0, "x0")
     levels = NoiseLevels.draw(model, x0, weighting=weighting, t=t, times=times, noise=noise, generator=generator)
     sde, clock, noise = model.linear, levels.t, levels.noise
     xt = sde.perturb(clock, x0, noise)
-    alpha, sigma = sde.alpha(clock), sde.sigma(clock)
-    from_x, from_output = model.weights(clock, torch.zeros_like(clock), torch.ones_like(clock))
-    target = over((1 - from_x * sigma) / from_output, x0) * noise - over(from_x * alpha / from_output, x0) * x0
-    error = model.predict(clock, xt, condition=condition) - target
+    at = model.point(clock)
+    p, q = PREDICTIONS[model.prediction](at)
+    error = model.predict(clock, xt, condition=condition) - (over(p, x0) * x0 + over(q, x0) * noise)
+    # the error of the noise in that of the output; where p is 0, alpha cancels, and may be 0
+    from_output = torch.where(p == 0, 1 / q, at.alpha / (at.alpha * q - at.sigma * p))
     scale = levels.weight * from_output**2
     return levels.shared(sum_rows(error**2) * (scale / math.prod(x0.shape[1:])).to(error))

@@ -34,7 +34,7 @@ from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeE
 from sdediff.model import ScoreModel
 from sdediff.noise import Noise, RowNoise
 from sdediff.sde import fresh_seed
-from sdediff.shapes import PerRow, State, Time, Trajectory, as_time, check_state, over, per_row, sum_rows
+from sdediff.shapes import PerRow, State, Time, Trajectory, check_state, over, sum_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +81,8 @@ def ula(
         OptionError, ShapeError: an argument does not fit.
         DivergenceError: a state became NaN or infinite; names the step and the rows.
     """
+    if seed is not None and noise is not None:
+        raise OptionError("Give either seed=... or noise=..., not both.")
     field, h = _score_of(score, t), _length(step, steps, x)
     stream = (RowNoise(fresh_seed() if seed is None else seed) if noise is None else noise).open()
     kept = [x]
@@ -112,14 +114,18 @@ def mala(
     Raises:
         OptionError, ShapeError: an argument does not fit.
         CapabilityError: the model has a score but no energy.
-        DivergenceError: the log-density is NaN, or infinite at the start; names the step and the rows.
+        TimeError: t lies outside the span.
+        DivergenceError: the log-density is NaN, or it or its gradient is infinite at the start; names the step and the
+            rows.
     """
     density, h = _density_of(target, t), _length(step, steps, x)
     stream = RowNoise(fresh_seed() if seed is None else seed).open()
     kept, accepted = [x], torch.zeros_like(x.reshape(len(x), -1)[:, 0])
     with torch.no_grad():
         here = Place(x, *density(x))
-        _check_finite(here.log_density, "The log-density at the start", None)
+        start = "Start where the density is positive, and its logarithm has a gradient."
+        _check_finite(here.log_density, "The log-density at the start", None, start)
+        _check_finite(here.score, "The gradient of the log-density at the start", None, start)
         for i in range(steps):
             y = here.x + h / 2 * here.score + h.sqrt() * stream.normal(x)
             there = Place(y, *density(y))
@@ -185,19 +191,17 @@ def _density_of(target: object, t: Time | None) -> Callable[[State], tuple[PerRo
     if isinstance(target, ScoreModel):
         if t is None:
             raise OptionError("Langevin dynamics of a model needs a time: mala(model, x, t=...).")
-        energy, clock = target.network, as_time(t)
+        energy = target.network
         if not isinstance(energy, Energy) or target.prediction != "score":
             raise CapabilityError(
                 "MALA compares densities, and this model has a score only: make it of an energy, "
                 "ScoreModel(Energy(network), sde, prediction='score'), or use ula."
             )
-        seen = clock if target.time is None else target.time(clock)
-        extra = () if target.condition is None else (target.condition,)
-        return lambda x: _negative(value_and_gradient(energy.network, x, per_row(seen, x).to(x), *extra))
+        return lambda x: _negative(value_and_gradient(energy.network, *target.arguments(t, x)), x)
     if not callable(target) or t is not None:
         raise OptionError(_USAGE.format(what="a log-density", got=type(target).__name__, t=t))
     if isinstance(target, Energy):
-        return lambda x: _negative(value_and_gradient(target.network, x))
+        return lambda x: _negative(value_and_gradient(target.network, x), x)
     return lambda x: value_and_gradient(target, x)
 
 
@@ -207,21 +211,23 @@ _USAGE = (
 )
 
 
-def _negative(pair: tuple[PerRow, State]) -> tuple[PerRow, State]:
-    return -pair[0], -pair[1]
+def _negative(pair: tuple[PerRow, State], x: State) -> tuple[PerRow, State]:
+    return -pair[0].to(x), -pair[1].to(x)
 
 
 def _length(step: Tensor | float, steps: int, x: State) -> Tensor:
     """h, laid over the states."""
     check_state(x)
+    if len(x) == 0:
+        raise ShapeError(f"Langevin dynamics needs at least one chain; got x of shape {tuple(x.shape)}.")
     h = over(torch.as_tensor(step, dtype=torch.float64), x)
     if not bool((h > 0).all()) or steps < 1:
         raise OptionError(f"Langevin dynamics needs step > 0 and steps >= 1; got step = {step}, steps = {steps}.")
     return h
 
 
-def _check_finite(value: Tensor, what: str, step: int | None) -> None:
+def _check_finite(value: Tensor, what: str, step: int | None, advice: str = "Take smaller steps.") -> None:
     fine = value.reshape(len(value), -1).isfinite().all(1)
     if not bool(fine.all()):
         rows = (~fine).nonzero()[:, 0].tolist()
-        raise DivergenceError(f"{what} is NaN or infinite", "Take smaller steps.", step=step, time=None, rows=rows)
+        raise DivergenceError(f"{what} is NaN or infinite", advice, step=step, time=None, rows=rows)

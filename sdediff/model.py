@@ -238,12 +238,21 @@ class ScoreModel:
             ShapeError: x is not a floating-point state, t fits neither `()` nor `(batch,)`, or the network's output
                 is not shaped as x.
         """
+        return self._checked(self.network(*self.arguments(t, x, condition=condition)), x)
+
+    def arguments(self, t: Time, x: State, *, condition: Any = None) -> tuple[Any, ...]:
+        """What the network is called with: its x, its times `(batch,)`, and the condition if there is one.
+
+        Raises:
+            ShapeError, TimeError: as in `predict`; t lies outside the span.
+        """
         check_state(x)
         clock = per_row(as_time(t), x)
         self.sde.check_span(clock)
         scale, seen = self._inputs(clock)
-        model = self if condition is None else self.given(condition)
-        return model._call(x if scale is None else x / over(scale, x), seen, x)
+        inputs, dtype = x if scale is None else x / over(scale, x), _dtype_of(self.network) or x.dtype
+        condition = self.condition if condition is None else condition
+        return _in(inputs, dtype), self._clock(seen, x, dtype), *(() if condition is None else (condition,))
 
     def along(self, times: Grid) -> Callable[[int, State], State]:
         """`(k, x) -> predict(times[k], x)` for the times of a grid, with all that depends on time computed once."""
@@ -284,13 +293,6 @@ class ScoreModel:
             scale = (sigma**2 + (alpha * self.sigma_data) ** 2).sqrt()
             seen = (sigma / alpha).log() / 4
         return scale, seen if self.time is None else self.time(clock)
-
-    def _call(self, inputs: State, seen: Tensor, x: State) -> State:
-        """The network's output, in the dtype of x."""
-        dtype = _dtype_of(self.network) or x.dtype
-        seen = self._clock(seen, x, dtype)
-        extra = () if self.condition is None else (self.condition,)
-        return self._checked(self.network(_in(inputs, dtype), seen, *extra), x)
 
     def _clock(self, seen: Tensor, x: State, dtype: torch.dtype) -> Tensor:
         """What the network sees as its time: in its dtype, unless it `keeps_time` in float64, or counts steps."""

@@ -1,12 +1,13 @@
 r"""The training loop: `train(module, loss, data)` for any module and any loss.
 
-One step draws a batch without replacement, takes the gradient of the mean loss, clips it, and moves the weights and
-their exponential moving average. All that is random in step k comes from a seed made of the run's seed and k: batches,
-times, noise and dropout. A run that stops and resumes from its checkpoint is therefore, number for number, the run
-that never stopped.
+One step draws a batch (without replacement within an epoch), takes the gradient of the mean loss, clips it, and moves
+the weights and their exponential moving average. All that is random in step k comes from a seed made of the run's seed
+and k: batches, times, noise and dropout. A run that stops and resumes from its checkpoint is therefore, number for
+number, the run that never stopped.
 
 The module holds all that learns: a network, or several in an `nn.ModuleList`, with a schedule or the history of a
-sampler of times among them. The loss is a function of a batch, and may use the module in any way.
+sampler of times among them. The loss is a function of a batch, and may use the module in any way. The buffers of a
+submodule with the attribute `unaveraged = True` are kept as they are, like whole numbers in all.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def train(
             floating-point events are cast to the dtype of the first parameter, others are left as they are.
         steps: optimisation steps in all, those before a resume included.
         batch_size: rows a step.
-        lr: peak learning rate, reached after `warmup` steps; with `decay`, it then falls to zero along a cosine.
+        lr: learning rate. It rises along a line from 0 to 1 times this over `warmup` steps; with `decay` this is times
+            a cosine that falls from 1 to 0 over all steps, so that lr is then not quite reached.
         condition: one entry for every row of a data tensor, given to the loss.
         ema: decay of the moving average per step, in [0, 1); held below `(1 + k) / (10 + k)` at step k.
         clip: largest norm of the gradient; None for no clipping.
@@ -140,8 +142,8 @@ def train(
     losses: list[float] = []
     settings = {
         "batch_size": batch_size, "lr": lr, "ema": ema, "clip": clip, "warmup": warmup, "decay": decay,
-        "rows": len(items), "data": _digest(data), "optimizer": type(adapt).__name__,
-        "condition": condition is not None,
+        "rows": len(items), "data": digest(data), "optimizer": type(adapt).__name__,
+        "condition": digest(condition),
     } | dict(identity or getattr(module, "identity", None) or {"module": type(module).__name__})  # fmt: skip
     if decay:
         settings["steps"] = steps
@@ -162,7 +164,12 @@ def train(
                 group["lr"] = peak * factor
             torch.manual_seed(mix(seed, 11, k) >> 2)
             batch, labels = _collate(items, order.rows(k), home, dtype)
-            values = loss(batch, labels)
+            try:
+                values = loss(batch, labels)
+            except DivergenceError as error:
+                if error.step is not None:
+                    raise
+                raise DivergenceError(error.problem, error.advice, step=k, time=error.time, rows=error.rows) from error
             if not isinstance(values, Tensor) or values.shape != batch.shape[:1]:
                 got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise ShapeError(f"The loss must return one value a row, shape ({len(batch)},); it returned {got}.")
@@ -202,11 +209,12 @@ def train(
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def _digest(data: object) -> str | None:
-    """A digest of a data tensor; None for a dataset, which may change from access to access."""
+def digest(data: object) -> str | None:
+    """A digest of a tensor; None for all else, such as a dataset, which may change from access to access."""
     if not isinstance(data, Tensor):
         return None
-    return hashlib.sha256(data.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    whole = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # numpy lacks some dtypes
+    return hashlib.sha256(whole.numpy().tobytes()).hexdigest()[:16]
 
 
 def _rate(k: int, steps: int, warmup: int, decay: bool) -> float:
@@ -224,9 +232,10 @@ def _average(averaged: AveragedModel, module: nn.Module, ema: float, k: int) -> 
     """Move the average; early on by a decay that grows, so that the random start is forgotten soon."""
     averaged.multi_avg_fn = _ema(min(ema, (1 + k) / (10 + k)))
     averaged.update_parameters(module)
-    for kept, current in zip(averaged.module.buffers(), module.buffers(), strict=True):
-        if not current.is_floating_point():  # counts and tables have no average
-            kept.copy_(current)
+    for part, current in zip(averaged.module.modules(), module.modules(), strict=True):
+        for buffer, value in zip(part.buffers(recurse=False), current.buffers(recurse=False), strict=True):
+            if getattr(current, "unaveraged", False) or not value.is_floating_point():
+                buffer.copy_(value)  # counts, tables and histories have no average
 
 
 class _Order:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sdediff.errors import ShapeError, optional_import
+from sdediff.errors import OptionError, ShapeError, optional_import
 from sdediff.sampling import Solution
 from sdediff.sde import SDE
 from sdediff.shapes import Grid, State, Trajectory
@@ -217,7 +217,10 @@ def spectra(matrices: Mapping[str, Tensor], *, smallest: float = 1e-6, title: st
 
 
 def loss_curve(losses: Tensor | Sequence[float], *, window: int | None = None, title: str = "Training") -> Figure:
-    """The loss of every step, and its running mean over the last `window` steps (a fiftieth of all if None)."""
+    """The loss of every step, and its running mean over the last `window` steps (a fiftieth of all if None).
+
+    The scale is logarithmic if all losses are positive, else linear: those of score matching may be negative.
+    """
     values = torch.as_tensor(losses, dtype=torch.float64).detach().cpu()
     window = max(1, len(values) // 50) if window is None else window
     sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
@@ -228,9 +231,10 @@ def loss_curve(losses: Tensor | Sequence[float], *, window: int | None = None, t
     ax = _plain(figure.subplots())
     ax.plot(ends.numpy(), values.numpy(), color=COLOURS[5], linewidth=0.6, alpha=0.6, label="each step")
     ax.plot(ends.numpy(), mean.numpy(), color=COLOURS[0], linewidth=1.8, label=f"mean of the last {window} steps")
-    ax.set_yscale("log")
-    ax.set(xlabel="optimisation step", ylabel="denoising loss", title=title, xlim=(1, max(2, len(values))))
-    _plain_numbers(ax.yaxis, *ax.get_ylim())
+    ax.set(xlabel="optimisation step", ylabel="loss", title=title, xlim=(1, max(2, len(values))))
+    if not bool((values <= 0).any()):
+        ax.set_yscale("log")
+        _plain_numbers(ax.yaxis, *ax.get_ylim())
     ax.legend(frameon=False)
     return figure
 
@@ -351,9 +355,13 @@ def _size(x: State) -> int:
 
 
 def _square(matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not matrices:
+        raise OptionError("There are no covariances to draw: give at least one, {name: matrix}.")
     for name, matrix in matrices.items():
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ShapeError(f"Covariances are square matrices (D, D); {name!r} has shape {tuple(matrix.shape)}.")
+        if not bool(matrix.isfinite().all()):
+            raise OptionError(f"Covariances must be finite to be drawn; {name!r} has NaN or infinite entries.")
     return {name: matrix.detach().cpu().double() for name, matrix in matrices.items()}
 
 

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from sdediff.divergence import Divergence, Exact, Hutchinson
-from sdediff.energy import one_a_row
+from sdediff.energy import Energy, one_a_row
 from sdediff.errors import CapabilityError, OptionError, ShapeError
 from sdediff.model import ScoreModel
 from sdediff.shapes import PerRow, State, check_state, over, sum_rows
@@ -73,9 +73,11 @@ def implicit(
         OptionError: an option that needs a model is given with a score.
         CapabilityError: the network has no second derivative.
     """
-    at = _At.of(model, x, generator, options)
-    value, forms, _ = at.forms(Exact(), generator)
-    return at.shared(forms[0] + sum_rows(value**2) / 2)
+    graph = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(graph):
+        at = _At.of(model, x, generator, options)
+        value, forms, _ = at.forms(Exact(), generator)
+        return at.shared(forms[0] + sum_rows(value**2) / 2)
 
 
 def sliced(
@@ -99,10 +101,12 @@ def sliced(
     Raises:
         OptionError, CapabilityError: as in `implicit`; or unknown distribution, or projections < 1.
     """
-    at = _At.of(model, x, generator, options)
-    value, forms, vectors = at.forms(Hutchinson(projections, distribution), generator)
-    size = sum_rows(value**2) if variance_reduced else _along(vectors, value).square().mean(0)
-    return at.shared(forms.mean(0) + size / 2)
+    graph = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(graph):
+        at = _At.of(model, x, generator, options)
+        value, forms, vectors = at.forms(Hutchinson(projections, distribution), generator)
+        size = sum_rows(value**2) if variance_reduced else _along(vectors, value).square().mean(0)
+        return at.shared(forms.mean(0) + size / 2)
 
 
 def finite_difference(
@@ -132,7 +136,7 @@ def finite_difference(
 
 
 def energy_difference(
-    energy: Callable[[State], PerRow],
+    energy: Energy | Callable[[State], PerRow],
     x: State,
     *,
     step: float = 0.05,
@@ -143,7 +147,7 @@ def energy_difference(
     """Score matching by finite differences of an energy, one value a row, `(batch,)`: no derivative in x at all.
 
     Args:
-        energy: `E(x)`, `(batch,)`, of the density `exp(-E) / Z`.
+        energy: `E(x)`, `(batch,)`, of the density `exp(-E) / Z`; or an `Energy` without a time.
         x: samples of the density.
         step, projections, distribution, generator: as in `finite_difference`.
 
@@ -151,6 +155,8 @@ def energy_difference(
         OptionError: as in `finite_difference`.
         ShapeError: the energy is not `(batch,)`.
     """
+    if isinstance(energy, Energy):
+        energy = energy.network
     at = _At(lambda x: x, x, None, torch.ones((), dtype=torch.float64))
     length, sides = _sides(at, step, projections, distribution, generator)
     ahead, behind = (torch.stack([one_a_row(energy(x), x) for _, x in side]) for side in sides)
@@ -162,7 +168,7 @@ def energy_difference(
 class _At:
     """A score around states, and the noise levels that they are at."""
 
-    score: Score
+    function: Score
     x: State
     levels: NoiseLevels | None
     unit: Tensor
@@ -170,6 +176,13 @@ class _At:
     @classmethod
     def of(cls, model: ScoreModel | Score, x: State, generator: torch.Generator | None, options: Options) -> _At:
         check_state(x)
+        unknown = sorted(set(options) - set(Options.__annotations__))
+        if unknown:
+            raise OptionError(
+                f"Unknown option {', '.join(map(repr, unknown))}: score matching of a model takes "
+                f"{', '.join(Options.__annotations__)}."
+            )
+        x = _usable(x)
         if not isinstance(model, ScoreModel):
             if options:
                 raise OptionError(
@@ -178,7 +191,7 @@ class _At:
             if not callable(model):
                 raise OptionError(f"Score matching needs a score s(x) or a ScoreModel; got {type(model).__name__}.")
             return cls(model, x, None, torch.ones((), dtype=torch.float64))
-        rest: dict[str, Any] = {"weighting": "simple", **options}
+        rest: dict[str, Any] = {"weighting": "simple"} | {name: _usable(value) for name, value in options.items()}
         condition = rest.pop("condition", None)
         levels = NoiseLevels.draw(model, x, generator=generator, **rest)
         t = levels.t
@@ -189,14 +202,23 @@ class _At:
             model.linear.sigma(t),
         )
 
+    def score(self, x: State) -> State:
+        """The score at states around x.
+
+        Raises:
+            ShapeError: it is not shaped as x.
+        """
+        value = self.function(x)
+        if not isinstance(value, Tensor) or value.shape != x.shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ShapeError(f"The score must be shaped as x, {tuple(x.shape)}; got {got}.")
+        return value
+
     def forms(self, divergence: Divergence, generator: torch.Generator | None) -> tuple[State, Tensor, Tensor]:
         """The score, the forms `v^T J v`, `(k, batch)`, and the vectors v, `(k, batch, *event)`."""
 
         def field(x: State) -> tuple[State, Tensor]:
             value = self.score(x)
-            if not isinstance(value, Tensor) or value.shape != x.shape:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ShapeError(f"The score must be shaped as x, {tuple(x.shape)}; got {got}.")
             return value, value
 
         vectors = _vectors(divergence, self.x, generator)
@@ -215,6 +237,11 @@ class _At:
             return losses
         scale = 2 * self.levels.weight * self.unit**2 / math.prod(self.x.shape[1:])
         return self.levels.shared(losses * scale.to(losses))
+
+
+def _usable(value: Any) -> Any:
+    """The value, copied if it was made in inference mode, where gradients cannot be taken of what is made of it."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _vectors(divergence: Divergence, x: State, generator: torch.Generator | None) -> Tensor:

@@ -19,7 +19,8 @@ to `sqrt(E f^2)`.
 | `LossAware` | of another law, times sqrt(E L^2) of the losses seen in each of its bins | losses of unknown size |
 
 Times on a grid have no density. `Steps` takes the Riemann sum for the integral: it draws each of its n steps (s, t]
-equally often, and the weight `n (t - s) / (t_max - t_min)`. `Levels` has the mean over its levels in place of that over
+equally often, with the weight `n (t - s) / (last - first)`, so that its mean is that over the span of its grid, which
+may be part of that of the SDE. `Levels` has the mean over its levels in place of that over
 even times. In `LossAware`, losses are those per number of the other law, which its weight is part of.
 
 A law is a rising map from numbers u in [0, 1) to times, and those numbers may be drawn in three ways: "independent",
@@ -89,7 +90,7 @@ class Law(ABC):
         numbers: how uniform numbers are drawn, one of `NUMBERS`.
     """
 
-    numbers: str
+    numbers: str = "low_discrepancy"
 
     def __post_init__(self) -> None:
         if self.numbers not in NUMBERS:
@@ -101,7 +102,10 @@ class Law(ABC):
 
     @abstractmethod
     def weight(self, sde: LinearSDE, t: Tensor) -> Tensor:
-        """What makes the mean of `weight f(t)` over this law that over even times; float64, of the shape of t."""
+        """What makes the mean of `weight f(t)` over this law that over even times; float64, of the shape of t.
+
+        (For `Steps` over even times of the span of its grid, for `Levels` over its levels.)
+        """
 
     def draw(self, sde: LinearSDE, n: int, *, generator: Generator = None) -> tuple[PerRow, PerRow]:
         """Times and their weights, float64 `(n,)` each."""
@@ -110,6 +114,10 @@ class Law(ABC):
 
     def observe(self, sde: LinearSDE, t: PerRow, losses: PerRow) -> None:  # noqa: B027  # most laws learn nothing
         """Learn from the losses f(t) of some rows, without their weights."""
+
+    def points(self, sde: LinearSDE) -> Tensor | None:
+        """The times of a law that draws some times equally often, float64, rising; None for laws with a density."""
+        return None
 
     def starts(self, sde: LinearSDE, t: Tensor) -> Tensor:
         """Where the steps begin that end at these times, for laws on the steps of a grid."""
@@ -234,8 +242,11 @@ class Steps(Law):
         sde.check_span(rising, "times")
         return rising
 
+    def points(self, sde: LinearSDE) -> Tensor:
+        return self.of(sde)[1:]
+
     def time(self, sde: LinearSDE, u: Tensor) -> Tensor:
-        return _nth(self.of(sde)[1:], u)
+        return _nth(self.points(sde), u)
 
     def weight(self, sde: LinearSDE, t: Tensor) -> Tensor:
         grid = self.of(sde)
@@ -243,10 +254,15 @@ class Steps(Law):
 
     def starts(self, sde: LinearSDE, t: Tensor) -> Tensor:
         grid = self.of(sde)
-        return grid.to(t.device)[_index(grid[1:], t, "the end of a step", SLACK * sde.t_max)]
+        starts = grid.to(t.device)[_index(grid[1:], t, "the end of a step", SLACK * sde.t_max)]
+        empty = t <= starts  # the start of the first step, if that is shorter than the slack
+        if bool(empty.any()):
+            raise TimeError(f"t = {t[empty].reshape(-1)[0]:g} is the start of {self}, and not the end of a step.")
+        return starts
 
     def __repr__(self) -> str:
-        return "Steps()" if self.grid is None else f"Steps({_ends(self.grid, -1)} steps, {self.numbers!r})"
+        grid = "None" if self.grid is None else f"{_ends(self.grid, -1)} steps"
+        return f"Steps({grid}, {self.numbers!r})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -264,10 +280,13 @@ class Levels(Law):
         super().__post_init__()
         object.__setattr__(self, "levels", _rising(self.levels, "Levels", 1))
 
-    def time(self, sde: LinearSDE, u: Tensor) -> Tensor:
+    def points(self, sde: LinearSDE) -> Tensor:
         levels = as_time(self.levels)
         sde.check_span(levels, "levels")
-        return _nth(levels, u)
+        return levels
+
+    def time(self, sde: LinearSDE, u: Tensor) -> Tensor:
+        return _nth(self.points(sde), u)
 
     def weight(self, sde: LinearSDE, t: Tensor) -> Tensor:
         _index(as_time(self.levels), t, "one of the levels", SLACK * sde.t_max)
@@ -289,10 +308,14 @@ class LossAware(nn.Module, Law):
 
     Args:
         base: the other law, `Even()` if None.
-        bins: their number; with `Levels` or `Steps`, as many as there are of these, or a divisor of that.
+        bins: their number; with `Levels` or `Steps`, as many as there are of these, or a divisor of that (a chain of
+            1000 betas has 999 steps: 999, 333, 111, 37, 27, 9, 3).
         history: losses remembered of every bin.
         floor: part of the numbers drawn evenly, in (0, 1].
     """
+
+    unaveraged = True
+    """The buffers are a history, of which `train` must not make a moving average."""
 
     def __init__(self, base: Law | None = None, *, bins: int = 100, history: int = 10, floor: float = 0.001) -> None:
         super().__init__()
@@ -325,7 +348,11 @@ class LossAware(nn.Module, Law):
         ends = p.cumsum(0)
         chosen = torch.searchsorted(ends, u, right=True).clamp(max=self.bins - 1)
         part = ((u - (ends - p)[chosen]) / p[chosen]).clamp(0, 1 - 2**-30)  # rounding must not leave the bin
-        return self.base.time(sde, (chosen + part) / self.bins)
+        points = self.base.points(sde)
+        if points is None:
+            return self.base.time(sde, (chosen + part) / self.bins)
+        each = self._points_in_a_bin(points)
+        return points[chosen * each + (part * each).long()]
 
     def weight(self, sde: LinearSDE, t: Tensor) -> Tensor:
         return self.base.weight(sde, t) / (self.bins * self.probabilities[self.bin(sde, t)]).to(t.device)
@@ -335,8 +362,22 @@ class LossAware(nn.Module, Law):
 
     def bin(self, sde: LinearSDE, t: Tensor) -> Tensor:
         """The bins of times, whole numbers of their shape, on the CPU."""
+        points, t = self.base.points(sde), t.detach().cpu()
+        if points is not None:
+            each = self._points_in_a_bin(points)
+            return _index(points, t, "one of the times", SLACK * sde.t_max) // each
         borders = self.base.time(sde, torch.arange(1, self.bins, dtype=torch.float64) / self.bins)
-        return torch.searchsorted(borders, t.detach().cpu().contiguous(), right=True)
+        return torch.searchsorted(borders, t.contiguous(), right=True)
+
+    def _points_in_a_bin(self, points: Tensor) -> int:
+        n = len(points)
+        if n % self.bins:
+            nearest = min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - self.bins))
+            raise OptionError(
+                f"The bins of LossAware must hold equally many of the {n} times of {self.base}; got bins = "
+                f"{self.bins}: write bins={nearest} or bins={n}."
+            )
+        return n // self.bins
 
     def observe(self, sde: LinearSDE, t: PerRow, losses: PerRow) -> None:
         losses = as_float64(losses.detach()).cpu() * self.base.weight(sde, t).cpu()
@@ -365,6 +406,12 @@ class LossAware(nn.Module, Law):
 
 
 # Parts.
+
+
+def check_law(times: object) -> None:
+    """Refuse what is not a law of times with a sentence."""
+    if not isinstance(times, Law):
+        raise OptionError(f"times must be a law of times such as times.Even() or times.LogSNR(); got {times!r}.")
 
 
 def _rate(sde: LinearSDE, t: Tensor) -> Tensor:

@@ -2,8 +2,10 @@ r"""Training of score models: `fit(model, data)` is `train` with the denoising l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -14,9 +16,9 @@ from sdediff.checkpoints import load, save
 from sdediff.errors import OptionError
 from sdediff.losses import WEIGHTINGS, denoising
 from sdediff.model import ScoreModel
-from sdediff.optimise import Options, train
+from sdediff.optimise import Options, digest, train
 from sdediff.shapes import PerRow, State, check_state
-from sdediff.times import Law
+from sdediff.times import Law, check_law
 
 __all__ = ["TrainedModel", "fit", "load", "save"]
 
@@ -51,8 +53,9 @@ def fit(
             to the dtype of the parameters.
         weighting: of the denoising loss, see `sdediff.weightings`.
         times: the law of its times in place of the weighting's own, see `sdediff.times`. One that learns, such as
-            `LossAware`, is kept in checkpoints.
-        loss: in place of the denoising loss, `loss(model, x0, condition=condition) -> (batch,)`.
+            `LossAware`, is kept in checkpoints, which one that a loss was given elsewhere is not.
+        loss: in place of the denoising loss, `loss(model, x0, condition=condition) -> (batch,)`; it is also given
+            `times=times` where times is not None.
         **options: those of `sdediff.optimise.train`: steps, batch_size, lr, condition, ema, clip, warmup, decay,
             optimizer, seed, device, checkpoint, checkpoint_every, progress.
 
@@ -66,9 +69,14 @@ def fit(
         raise OptionError(f"fit trains a network that is a torch.nn.Module; got {type(network).__name__}.")
     if weighting not in WEIGHTINGS:
         raise OptionError(f"Unknown weighting {weighting!r}: write one of {', '.join(map(repr, WEIGHTINGS))}.")
-    if loss is not None and (weighting != "simple" or times is not None):
-        given = f"times={times!r}" if weighting == "simple" else f"weighting={weighting!r}"
-        raise OptionError(f"{given} belongs to the denoising loss; leave it out when you pass loss=.")
+    if loss is not None and weighting != "simple":
+        raise OptionError(
+            f"weighting={weighting!r} belongs to the denoising loss; leave it out when you pass loss=, or give it to "
+            "the loss with functools.partial."
+        )
+    if times is not None:
+        check_law(times)
+    given = {} if times is None else {"times": times}
     if isinstance(data, Tensor):
         check_state(data, "data")
 
@@ -76,10 +84,10 @@ def fit(
         check_state(x0, "data")
         if loss is None:
             return denoising(model, x0, weighting=weighting, times=times, condition=condition)
-        return loss(model, x0, condition=condition)
+        return loss(model, x0, condition=condition, **given)
 
     identity = {
-        "weighting": weighting if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
+        "weighting": weighting if loss is None else _words(loss, model),
         "times": _fingerprint_times(times, model), "prediction": model.prediction, "sigma_data": model.sigma_data,
         "sde": _fingerprint(model),
     }  # fmt: skip
@@ -104,4 +112,21 @@ def _fingerprint_times(law: Law | None, model: ScoreModel) -> str:
         return "the weighting's"
     base: Law = getattr(law, "base", law)  # what a law has learnt belongs to the run, not to its settings
     some = base.time(model.linear, torch.linspace(0.05, 0.95, 9, dtype=torch.float64)).tolist()
-    return f"{law}: {' '.join(f'{t:.9g}' for t in some)}"
+    return f"{_plain(law)}: {' '.join(f'{t:.9g}' for t in some)}"
+
+
+def _words(value: object, model: ScoreModel) -> str:
+    """A loss, or what a partial loss holds, in words that are the same in another process."""
+    if isinstance(value, partial):
+        parts = [_words(part, model) for part in (value.func, *value.args)]
+        parts += [f"{name}={_words(part, model)}" for name, part in sorted(value.keywords.items())]
+        return f"partial({', '.join(parts)})"
+    if isinstance(value, Law):
+        return _fingerprint_times(value, model)
+    if isinstance(value, Tensor):
+        return f"tensor {digest(value)}"
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else _plain(value)
+
+
+def _plain(value: object) -> str:
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

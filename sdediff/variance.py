@@ -167,7 +167,7 @@ def variance_of(variance: str | ReverseVariance, caller: str) -> ReverseVariance
     """
     if isinstance(variance, (StepVariance, EntryVariance)):
         return variance
-    if variance not in VARIANCES:
+    if not isinstance(variance, str) or variance not in VARIANCES:
         raise OptionError(
             f"Unknown variance {variance!r} for {caller}: write {' or '.join(map(repr, VARIANCES))}, or pass a "
             "StepVariance or EntryVariance, such as AnalyticVariance.estimate(model, data, times)."

@@ -16,13 +16,16 @@ The mean is over even times of `[t_min, t_max]`; for "edm", over times at which 
 | "min_snr" | min(snr, 5) / snr | min-SNR-5 on the data |
 | "edm" | (s^2 + s_d^2) / s_d^2, s = sigma / alpha | Karras's |
 
-`D (t_max - t_min)` times the loss is the diffusion term of the bound in nats with "likelihood", and with "vlb" that of
-its discrete form, in which a step has `1/2 (snr(s) - snr(t)) E|x_0 - xhat|^2`. On a chain of betas the weight of a step
-is DDPM's `beta^2 / (2 v a (1 - abar))` with the posterior variance v.
+`D (t_max - t_min)` times the loss is the diffusion term of the bound in nats with "likelihood", and with "vlb" and the
+length of its grid in place of `t_max - t_min` that of its discrete form on that grid, in which a step has
+`1/2 (snr(s) - snr(t)) E|x_0 - xhat|^2`. On a chain of betas the weight of a step is DDPM's
+`beta^2 / (2 v a (1 - abar))` with the posterior variance v.
 
 Each weighting also has a law by which times are drawn (`sdediff.times`), for "likelihood" those even in log SNR, for
-"vlb" the steps of a grid. Any other law may take its place, and the mean stays the same; only that of "vlb" must be one
-on steps, which are then those meant. A network that counts the steps of a chain is shown these, each equally often.
+"vlb" the steps of a grid. Any other law with a density on the span may take its place, and the mean stays the same.
+With `Steps` of a grid that is part of the span it is that over this part, with `Levels` that over the levels. The law
+of "vlb" must be one on steps, which are then those meant. A network that counts the steps of a chain is shown these,
+each equally often.
 
 References: Ho et al. 2020 (arXiv:2006.11239); Song and Ermon 2019 (arXiv:1907.05600); Song et al. 2021
 (arXiv:2101.09258), likelihood weighting; Kingma et al. 2021 (arXiv:2107.00630), the bound; Salimans and Ho 2022
@@ -38,11 +41,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdediff.errors import OptionError, ShapeError
+from sdediff.errors import OptionError, ShapeError, TimeError
 from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
 from sdediff.shapes import Grid, PerRow, State, as_float64, as_time
-from sdediff.times import Even, Law, Levels, LogNormal, LogSNR, Steps
+from sdediff.times import Even, Law, Levels, LogNormal, LogSNR, Steps, check_law
 
 _EVEN = Even()
 
@@ -135,11 +138,12 @@ class NoiseLevels:
         """Draw what is not given; the arguments are those of `losses.denoising`."""
         if weighting not in WEIGHTINGS:
             raise OptionError(f"Unknown weighting {weighting!r}: write one of {', '.join(map(repr, WEIGHTINGS))}.")
+        if len(x0) == 0:
+            raise ShapeError(f"A loss needs at least one row; got data of shape {tuple(x0.shape)}.")
         chosen = WEIGHTINGS[weighting]
         known = model.known_times if times is None else None
         law = times if times is not None else chosen.law if known is None else chosen.chain(known)
-        if not isinstance(law, Law):
-            raise OptionError(f"times must be a law of times such as times.Even() or times.LogSNR(); got {times!r}.")
+        check_law(law)
         if t is None:
             clock, _ = law.draw(model.linear, len(x0), generator=generator)
         else:
@@ -150,6 +154,11 @@ class NoiseLevels:
         if noise is None:
             noise = torch.randn(x0.shape, dtype=x0.dtype, generator=generator).to(x0.device)
         weight = chosen.weight(model, clock, law)
+        if not bool(weight.isfinite().all()):
+            raise TimeError(
+                f"The weighting {weighting!r} is not finite at t = {clock[~weight.isfinite()][0].item():g} of "
+                f"{model.linear}: leave it out by a larger t_min or a smaller t_max, or write weighting='simple'."
+            )
         return cls(clock, weight, noise, model.linear, law, chosen.over if t is None else None)
 
     def shared(self, losses: PerRow) -> PerRow:
@@ -157,7 +166,8 @@ class NoiseLevels:
         if self._over is None:
             return losses
         meant = self._over.weight(self._sde, self.t)
-        share = self._law.weight(self._sde, self.t) / meant
+        # times have no graph to a learned schedule, so neither has the density that they were drawn by
+        share = self._law.weight(self._sde, self.t).detach() / meant
         if torch.is_grad_enabled():
-            self._law.observe(self._sde, self.t, losses.detach().to(meant) / meant)
+            self._law.observe(self._sde, self.t, (losses.to(meant) / meant).detach())
         return losses * share.to(losses)

@@ -143,6 +143,17 @@ def test_covariances_in_single_precision_are_positive_to_their_rounding():
         sd.recolor(normal(100, 50), single.double())
 
 
+def test_a_known_singular_covariance_in_single_precision_is_inverted_on_its_range():
+    """Its rounding is no variance: what comes out has the covariance asked for, or the demand is refused."""
+    plane = torch.linalg.qr(normal(5, 2)).Q
+    x = normal(9, 2, seed=1) @ plane.T
+    single = (plane @ plane.T).float()
+    known = sd.recolor(x, 4 * plane @ plane.T, mean=0, x_cov=single)
+    torch.testing.assert_close(known, 2 * x, rtol=1e-5, atol=1e-5)
+    with pytest.raises(sd.OptionError, match=r"x_cov has variance in 2 of 5 directions.* 3 outside"):
+        sd.recolor(x, 1.0, mean=0, x_cov=single)
+
+
 X = torch.zeros(4, 2)
 LOPSIDED = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
 BAD = {

@@ -14,7 +14,7 @@ import sdediff as sd
 from sdediff.losses import WEIGHTINGS, denoising
 from sdediff.model import PREDICTIONS, ScoreModel
 from sdediff.testing import gaussian_targets, linear_sdes
-from sdediff.times import Steps, low_discrepancy
+from sdediff.times import NUMBERS, Even, LogSNR, Steps, low_discrepancy
 
 F64 = torch.float64
 
@@ -385,3 +385,61 @@ def test_gradients_reach_the_network_and_are_those_of_the_definition():
     t, noise = torch.tensor([0.5, 2.0], dtype=F64), torch.tensor([[1.0], [-3.0]], dtype=F64)
     denoising(ScoreModel(lambda x, t: c * x, sd.EDM()), 0 * noise, t=t, noise=noise).mean().backward()
     torch.testing.assert_close(c.grad, (2 * (0.7 * t - 1) * t * noise[:, 0] ** 2).mean())
+
+
+@pytest.mark.parametrize("law", [None, Even(), LogSNR()], ids=["own", "even", "log_snr"])
+@pytest.mark.parametrize("weighting", ["simple", "likelihood", "snr", "edm"])
+def test_gradients_in_a_learned_schedule_are_those_of_the_expectation(weighting, law, monkeypatch):
+    """Against central differences of the mean by the midpoint rule of 4000 times, which move with the schedule."""
+    monkeypatch.setitem(NUMBERS, "low_discrepancy", lambda n, generator: (torch.arange(n, dtype=F64) + 0.5) / n)
+    sde = sd.LearnedVP(gamma_min=-6.0, gamma_max=4.0)
+    model = ScoreModel(lambda x, t: 2 * x, sde)
+    x0 = torch.ones(4000, 1, dtype=F64)
+
+    def mean():
+        return denoising(model, x0, weighting=weighting, times=law, noise=0.8 * x0).mean()
+
+    places = [(sde.ends, 0), (sde.ends, 1), (sde.curve.log_heights, 0)]
+    slopes = torch.autograd.grad(mean(), [sde.ends, sde.curve.log_heights])
+    for (parameter, i), slope in zip(places, [slopes[0][0], slopes[0][1], slopes[1][0]], strict=True):
+        sides = []
+        for step in (1e-3, -1e-3):
+            with torch.no_grad():
+                parameter[i] += step
+                sides.append(mean())
+                parameter[i] -= step
+        assert slope.item() == pytest.approx(((sides[0] - sides[1]) / 2e-3).item(), rel=2e-3, abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PREDICTIONS if kind != "edm"])
+@pytest.mark.parametrize("weighting", ["simple", "min_snr"])
+def test_the_loss_is_finite_and_continuous_where_no_data_is_left(kind, weighting):
+    """At alpha = 0 an error of v, of the flow or of the data is none of the noise."""
+    sde = sd.RectifiedFlow(t_max=1.0)
+    scale = torch.tensor(0.3, dtype=F64, requires_grad=True)
+    model = ScoreModel(lambda x, t: scale * x, sde, kind)
+    x0, noise = torch.randn(2, 5, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    at_end, before = (denoising(model, x0, weighting=weighting, t=t, noise=noise) for t in (1.0, 1 - 1e-8))
+    torch.testing.assert_close(at_end, before, rtol=1e-6, atol=1e-6)
+    assert bool((at_end > 0).all()) == (kind in ("noise", "score"))
+    assert torch.autograd.grad(at_end.sum(), scale)[0].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("weighting", "sde", "t", "place"),
+    [
+        ("snr", sd.RectifiedFlow(t_max=1.0), 1.0, "t = 1"),
+        ("edm", sd.RectifiedFlow(t_max=1.0), 1.0, "t = 1"),
+        ("vlb", sd.VP(t_min=0.0), 0.001, "t = 0.001"),
+        ("likelihood", sd.VP(t_min=0.0), 0.0, "t = 0"),
+    ],
+)
+def test_an_infinite_weight_is_refused_and_its_time_named(weighting, sde, t, place):
+    model = ScoreModel(lambda x, t: x, sde, "v")
+    with pytest.raises(sd.TimeError, match=f"'{weighting}' is not finite at {place} of .*weighting='simple'"):
+        denoising(model, torch.zeros(3, 2), weighting=weighting, t=t)
+
+
+def test_a_loss_of_no_rows_is_refused():
+    with pytest.raises(sd.ShapeError, match=r"at least one row; got data of shape \(0, 2\)"):
+        denoising(ScoreModel(lambda x, t: x, sd.VP()), torch.zeros(0, 2))

@@ -14,7 +14,7 @@ from torch.distributions import Normal
 
 import sdediff as sd
 from sdediff.energy import Energy
-from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError
+from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
 from sdediff.mcmc import Place, log_ratio
 from sdediff.noise import Noise
 
@@ -286,9 +286,45 @@ def test_a_noise_conditional_network_trained_at_ten_levels_samples_with_the_righ
     assert near.mean(0).numpy() == pytest.approx(np.array([5, 5]), abs=0.4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_model_of_an_energy_is_called_as_every_model_is(dtype):
+    """In the dtype of the network, with a time for every row, and with whole numbers as those of a chain."""
+
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(0.5))
+            self.calls = []
+
+        def forward(self, x, t):
+            self.calls.append((x.dtype, t.dtype, tuple(t.shape), t.tolist()))
+            return self.weight * x.square().sum(1)
+
+    sde, network, asked = sd.DiscreteVP(torch.linspace(0.01, 0.3, 8)), Seen(), []
+
+    def time(t):
+        asked.append(tuple(t.shape))
+        return sde.timestep(t)
+
+    model = sd.ScoreModel(Energy(network), sde, "score", time=time)
+    x = torch.randn(3, 2, dtype=dtype)
+    chain = sd.mala(model, x, t=0.5, step=0.1, steps=2, seed=0)
+    assert chain.x.dtype == dtype
+    assert set(asked) == {(3,)}
+    called = len(network.calls)
+    model.score(0.5, x)
+    assert all(call == network.calls[-1] for call in network.calls[:called])
+    assert network.calls[0][:2] == (torch.float32, torch.int64)
+    plain = sd.mala(lambda x: -0.5 * x.square().sum(1), x, step=0.1, steps=2, seed=0)
+    torch.testing.assert_close(chain.x, plain.x, rtol=1e-5, atol=1e-6)
+    network.double()
+    assert sd.mala(model, x, t=0.5, step=0.1, steps=1, seed=0).x.dtype == dtype
+
+
 # Bad input
 
 
+ENERGY = sd.ScoreModel(Energy(Minus(lambda x: -x.square().sum(1))), sd.VP(), "score")
 X = torch.zeros(3, 2, dtype=F64)
 MODEL = sd.ScoreModel(lambda x, t: -x, sd.VP(), "score")
 BAD = {
@@ -300,6 +336,17 @@ BAD = {
     ),
     "not callable": (OptionError, lambda: sd.ula(3, X, step=0.1, steps=2), "type int", "that is callable"),
     "a score only": (CapabilityError, lambda: sd.mala(MODEL, X, t=0.5, step=0.1, steps=2), "score only", "or use ula"),
+    "time outside": (TimeError, lambda: sd.mala(ENERGY, X, t=2.0, step=0.1, steps=2), "t = 2", r"\[0, 1\]"),
+    "time NaN": (TimeError, lambda: sd.mala(ENERGY, X, t=math.nan, step=0.1, steps=2), "t = nan", r"\[0, 1\]"),
+    "seed and noise": (
+        OptionError, lambda: sd.ula(lambda x: x, X, step=0.1, steps=2, seed=1, noise=sd.RowNoise(2)), "seed=",
+        "not both",
+    ),
+    "no chains": (ShapeError, lambda: sd.ula(lambda x: x, X[:0], step=0.1, steps=2), r"\(0, 2\)", "at least one"),
+    "gradient at the start": (
+        DivergenceError, lambda: sd.mala(lambda x: -x.norm(dim=1).sqrt(), X, step=0.1, steps=2),
+        "The gradient of the log-density at the start", "Start where",
+    ),
     "step": (OptionError, lambda: sd.ula(lambda x: x, X, step=0.0, steps=2), "step = 0.0", "step > 0"),
     "steps": (OptionError, lambda: sd.mala(lambda x: x[:, 0], X, step=0.1, steps=0), "steps = 0", "steps >= 1"),
     "rows of steps": (ShapeError, lambda: sd.ula(lambda x: x, X, step=torch.ones(2), steps=1), r"\(2,\)", r"\(3,\)"),

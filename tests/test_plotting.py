@@ -111,6 +111,16 @@ def test_covariances_share_a_scale_in_which_zero_is_white(tmp_path):
         plotting.covariances({"flat": torch.ones(4, 3)})
 
 
+@pytest.mark.parametrize("draw", [plotting.covariances, plotting.spectra])
+@pytest.mark.parametrize(
+    ("matrices", "message"),
+    [({}, "at least one"), ({"a": torch.eye(2), "b": torch.eye(2) / 0}, "'b' has NaN or infinite entries")],
+)
+def test_covariances_that_cannot_be_drawn_are_refused(draw, matrices, message):
+    with pytest.raises(sd.OptionError, match=message):
+        draw(matrices)
+
+
 def test_spectra_fall_and_leave_out_what_is_rounding(tmp_path):
     matrices = {"a": torch.diag(torch.tensor([1.0, 4.0, 1e-9])), "b": 2 * torch.eye(3)}
     (ax,) = saved(plotting.spectra(matrices), tmp_path).axes
@@ -154,7 +164,15 @@ def test_loss_curve_shows_the_running_mean(tmp_path):
     each, mean = figure.axes[0].lines
     assert list(each.get_ydata()) == [4, 2, 2, 2]
     assert list(mean.get_ydata()) == [4, 3, 2, 2]
-    assert labels(figure) == [("Training", "optimisation step", "denoising loss")]
+    assert labels(figure) == [("Training", "optimisation step", "loss")]
+    assert figure.axes[0].get_yscale() == "log"
+
+
+def test_losses_that_may_be_negative_are_seen(tmp_path):
+    (ax,) = saved(plotting.loss_curve([2.0, 0.0, -1.0, -1.5], window=2), tmp_path).axes
+    assert ax.get_yscale() == "linear"
+    low, high = ax.get_ylim()
+    assert low < -1.5 < 2 < high
 
 
 def test_quality_against_nfe_draws_negative_distances_too(tmp_path):

@@ -325,6 +325,39 @@ def test_losses_without_gradients_have_the_same_values():
         torch.testing.assert_close(plain, loss(module, x, generator=generator(1), **few).detach(), rtol=0, atol=1e-14)
 
 
+def test_losses_in_inference_mode_have_the_same_values():
+    """Also of data, noise and conditions that were made there."""
+    model, score = MODEL, Small()
+    for loss in (implicit, sliced, finite_difference, denoising):
+        wanted = loss(model, normal(4, 2), t=torch.full((4,), 0.4), noise=normal(4, 2, seed=1), generator=generator(1))
+        with torch.inference_mode():
+            t, noise = torch.full((4,), 0.4), normal(4, 2, seed=1)
+            got = loss(model, normal(4, 2) + 0, t=t, noise=noise + 0, generator=generator(1))
+        torch.testing.assert_close(got, wanted.detach(), rtol=0, atol=1e-14)
+        if loss is not denoising:
+            wanted = loss(score, X, generator=generator(1)).detach()
+            with torch.inference_mode():
+                torch.testing.assert_close(loss(score, X + 0, generator=generator(1)), wanted, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("event", [(), (2,)])
+def test_differences_of_an_energy_object_are_those_of_its_network(event):
+    """For events of shape () its field has the shape of an energy, and must not be taken for it."""
+    network = Small(scalar=True) if event else Parabola()
+    x = normal(4, *event)
+    values = [
+        energy_difference(energy, x, step=0.3, generator=generator(1)) for energy in (network, sd.Energy(network))
+    ]
+    assert torch.equal(*values)
+
+
+class Parabola(torch.nn.Module):
+    """The energy of N(0, 1), of numbers."""
+
+    def forward(self, x):
+        return x**2 / 2
+
+
 # Bad input
 
 
@@ -359,6 +392,12 @@ BAD = {
         OptionError, lambda: sliced(lambda x: x, X, projections=3, distribution="orthogonal"), "got 3", "take fewer",
     ),
     "distribution": (OptionError, lambda: sliced(lambda x: x, X, distribution="cube"), "'cube'", "'sphere'"),
+    "option": (OptionError, lambda: implicit(MODEL, X, foo=1), "'foo'", "weighting, t, times, noise, condition"),
+    "option of a score": (OptionError, lambda: sliced(lambda x: x, X, foo=1), "'foo'", "weighting"),
+    "differences": (
+        ShapeError, lambda: finite_difference(lambda x: x.sum(1, keepdim=True), X), r"got \(3, 1\)", "shaped as x",
+    ),
+    "no rows": (ShapeError, lambda: implicit(MODEL, X[:0]), r"\(0, 2\)", "at least one row"),
     "step": (OptionError, lambda: finite_difference(lambda x: x, X, step=0.0), "got 0.0", "step > 0"),
     "energy": (ShapeError, lambda: energy_difference(lambda x: x, X), r"\(3, 2\)", r"shape \(3,\)"),
     "weighting": (OptionError, lambda: implicit(MODEL, X, weighting="none"), "'none'", "'simple'"),

@@ -1,6 +1,7 @@
 """Laws of training times: every one is unbiased, and those made for it lower the variance."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -273,6 +274,38 @@ def test_a_bin_is_drawn_as_often_as_it_should_and_weighs_the_inverse(base):
     assert law.bin(sde, base.time(sde, u)).tolist() == [i // 10 for i in range(50)]
 
 
+@pytest.mark.parametrize(
+    ("base", "sde", "bins", "n"),
+    [
+        (Levels(torch.linspace(0.01, 1, 100)), VP, 100, 100),
+        (Steps(torch.linspace(0.1, 1, 101)), VP, 50, 100),
+        (Steps(), sd.DiscreteVP(torch.linspace(1e-4, 0.02, 1000)), 333, 999),
+    ],
+    ids=["levels", "steps", "chain"],
+)
+def test_bins_of_points_hold_equally_many_and_their_mean_is_exact(base, sde, bins, n):
+    """0.29 * 100 is less than 29: borders between points come from their indices, not from their numbers."""
+    law = trained(base, sde, bins=bins)
+    assert bool((law.count == 10).all())
+    points = base.points(sde)
+    assert law.bin(sde, points).tolist() == [i * bins // n for i in range(n)]
+    ends = law.probabilities.cumsum(0)
+    starts = ends - law.probabilities
+    inside = [law.time(sde, starts + part * law.probabilities) for part in (1e-6, 1 - 1e-6)]
+    assert torch.equal(inside[0], points[:: n // bins])
+    assert torch.equal(law.time(sde, ends[:-1]), points[n // bins :: n // bins])
+    assert torch.equal(inside[1], points[n // bins - 1 :: n // bins])
+    within = law.probabilities[law.bin(sde, points)] * bins / n
+    torch.testing.assert_close(
+        (law.weight(sde, points) * within * points).sum(), (base.weight(sde, points) * points).mean()
+    )
+
+
+def test_a_bin_begins_with_its_border():
+    borders = Even().time(VP, torch.arange(4, dtype=F64) / 4)
+    assert LossAware(bins=4).bin(VP, borders).tolist() == [0, 1, 2, 3]
+
+
 def test_losses_seen_are_those_per_number_of_the_other_law():
     """So that the law that is best for a product with the weight is found."""
     law, base = LossAware(LogSNR(), bins=2, history=1), LogSNR()
@@ -394,6 +427,63 @@ def test_a_resumed_run_with_loss_aware_times_is_the_uninterrupted_one(tmp_path):
         sd.fit(small(), data, times=LossAware(bins=4, history=3), steps=12, checkpoint=tmp_path, **options)
 
 
+def test_after_training_a_law_holds_what_it_has_seen_and_no_average():
+    class Recorder(LossAware):
+        def observe(self, sde, t, losses):
+            super().observe(sde, t, losses)
+            after.append(self.seen.clone())
+
+    after, law = [], Recorder(bins=4, history=2)
+    sd.fit(small(), torch.randn(64, 2), times=law, steps=6, batch_size=16, progress=False)
+    assert torch.equal(law.seen, after[-1])
+    assert not torch.equal(after[-1], after[-2])
+
+
+def test_a_law_given_to_fit_goes_to_its_loss_and_into_the_checkpoint(tmp_path):
+    data = torch.randn(64, 2, generator=generator())
+    options = {"batch_size": 16, "seed": 5, "progress": False, "decay": False, "loss": partial(sd.losses.sliced)}
+    whole, first, second = (LossAware(bins=4, history=2) for _ in range(3))
+    sd.fit(small(), data, times=whole, steps=6, **options)
+    sd.fit(small(), data, times=first, steps=3, checkpoint=tmp_path, **options)
+    sd.fit(small(), data, times=second, steps=6, checkpoint=tmp_path, **options)
+    assert whole.count.sum() == 6 * 16
+    assert torch.equal(second.seen, whole.seen)
+
+
+class Late(times.Law):
+    """A law of a user's own, without a dataclass and without a representation."""
+
+    def time(self, sde, u):
+        return sde.t_min + u.sqrt() * (sde.t_max - sde.t_min)
+
+    def weight(self, sde, t):
+        return 0.5 * (sde.t_max - sde.t_min) / (t - sde.t_min)
+
+
+def test_a_law_of_the_user_s_own_draws_and_resumes(tmp_path):
+    data, options = torch.randn(64, 2), {"batch_size": 16, "seed": 5, "progress": False, "decay": False}
+    kept = [Late(), Late()]  # at two addresses
+    for law, steps in zip(kept, (2, 4), strict=True):
+        losses = sd.fit(small(), data, times=law, steps=steps, checkpoint=tmp_path, **options).losses
+    assert len(losses) == 4
+
+
+def test_a_run_with_other_numbers_of_the_same_steps_is_refused(tmp_path):
+    data, options = torch.randn(64, 2), {"batch_size": 16, "steps": 2, "seed": 5, "progress": False}
+    sd.fit(small(), data, times=Steps(), checkpoint=tmp_path, **options)
+    with pytest.raises(sd.CheckpointError, match=r"times was.*low_discrepancy.*now.*independent"):
+        sd.fit(small(), data, times=Steps(numbers="independent"), checkpoint=tmp_path, **options)
+
+
+def test_a_loss_that_is_not_finite_names_its_step_with_loss_aware_times_too():
+    rows = torch.randn(8, 2)
+    rows[3, 1] = math.nan
+    with pytest.raises(DivergenceError, match=r"step 0, t = .*, rows \d") as caught:
+        sd.fit(small(), rows, times=LossAware(), batch_size=8, progress=False)
+    assert caught.value.step == 0
+    assert len(caught.value.rows) == 1
+
+
 def test_fit_draws_by_the_law_it_is_given():
     seen = []
 
@@ -432,13 +522,19 @@ BAD = {
     "not a step": (TimeError, lambda: Steps([0.2, 0.5]).weight(VP, torch.tensor([0.3])), "t = 0.3", "end of a step"),
     "not a level": (TimeError, lambda: Levels([0.2, 0.5]).weight(VP, torch.tensor([0.3])), "t = 0.3", "the levels"),
     "base": (OptionError, lambda: LossAware("even"), "'even'", r"Even\(\)"),
+    "start of a fine grid": (
+        TimeError, lambda: denoising(MODEL, X, weighting="vlb", times=Steps([0.5, 0.5 + 1e-8]), t=0.5), "t = 0.5",
+        "not the end of a step",
+    ),
+    "bins of points": (
+        OptionError, lambda: LossAware(Steps()).draw(sd.DiscreteVP(torch.full((1000,), 0.01)), 4), "999 times",
+        "bins=111 or bins=999",
+    ),
     "bins": (OptionError, lambda: LossAware(bins=0), "bins = 0", "bins, history >= 1"),
     "floor": (OptionError, lambda: LossAware(floor=0.0), "floor = 0.0", "0 < floor <= 1"),
     "steps": (CapabilityError, lambda: denoising(MODEL, X, weighting="vlb", times=Even()), "Even", r"Steps\(grid\)"),
     "law": (OptionError, lambda: denoising(MODEL, X, times="even"), "'even'", r"times.Even\(\)"),
-    "fit": (
-        OptionError, lambda: sd.fit(small(), X, times=Even(), loss=denoising), r"times=Even\(", "when you pass loss=",
-    ),
+    "fit": (OptionError, lambda: sd.fit(small(), X, times="even"), "'even'", r"times.Even\(\)"),
     "losses": (
         DivergenceError,
         lambda: LossAware().observe(VP, torch.tensor([0.2, 0.4]), torch.tensor([1.0, math.nan])),

@@ -2,6 +2,7 @@
 
 import math
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 import sdediff as sd
 from sdediff import training
 from sdediff.checkpoints import read_tensors
+from sdediff.optimise import digest
 
 F64 = torch.float64
 SDE = sd.VP()
@@ -654,6 +656,44 @@ def test_a_run_of_another_module_or_loss_is_refused(tmp_path):
     quick(small(), checkpoint=tmp_path / "b")
     with pytest.raises(sd.CheckpointError, match="weighting was 'simple', now 'denoising'"):
         quick(small(), checkpoint=tmp_path / "b", loss=sd.losses.denoising)
+
+
+@pytest.mark.parametrize(
+    ("options", "other", "word"),
+    [
+        ({"weighting": "snr"}, {"weighting": "edm"}, "weighting was.*'snr'.*now.*'edm'"),
+        ({"t": torch.full((8,), 0.5)}, {"t": torch.full((8,), 0.4)}, "weighting was"),
+        ({"times": sd.times.Even()}, {"times": sd.times.Even("independent")}, "low_discrepancy.*now.*independent"),
+    ],
+)
+def test_a_partial_loss_is_known_by_what_it_holds(tmp_path, options, other, word):
+    quick(small(), checkpoint=tmp_path, loss=partial(sd.losses.denoising, **options))
+    quick(small(), checkpoint=tmp_path, loss=partial(sd.losses.denoising, **options))
+    with pytest.raises(sd.CheckpointError, match=word):
+        quick(small(), checkpoint=tmp_path, loss=partial(sd.losses.denoising, **other))
+    with pytest.raises(sd.CheckpointError, match=r"denoising.*now.*sliced"):
+        quick(small(), checkpoint=tmp_path, loss=partial(sd.losses.sliced, **options))
+
+
+def test_a_run_with_other_labels_is_refused(tmp_path):
+    def run(labels):
+        quick(
+            small(),
+            checkpoint=tmp_path,
+            condition=labels,
+            loss=lambda model, x0, condition: sd.losses.denoising(model, x0),
+        )
+
+    run(torch.arange(64))
+    run(torch.arange(64))
+    with pytest.raises(sd.CheckpointError, match="condition was"):
+        run(torch.arange(64) % 2)
+
+
+def test_data_of_every_dtype_is_known_again():
+    digests = [digest(torch.arange(6).reshape(3, 2).to(d)) for d in (torch.bfloat16, torch.float16, F64, torch.bool)]
+    assert len(set(digests)) == 4
+    assert len(quick(small(), data().bfloat16()).losses) == 12
 
 
 def test_fit_with_the_denoising_loss_written_out_is_fit():

@@ -152,6 +152,7 @@ def test_a_sampler_that_adds_noise_is_not_followed_back():
     ("make", "message"),
     [
         (lambda: sd.DDPM("small"), "Unknown variance 'small' for DDPM: write 'posterior' or 'beta', or pass"),
+        (lambda: sd.DDPM(["beta"]), r"Unknown variance \['beta'\] for DDPM"),
         (lambda: sd.DDPM(0.5), r"Unknown variance 0\.5 for DDPM"),
         (lambda: sd.DDIM(0.0, "large"), "Unknown variance 'large' for DDIM"),
         (lambda: sd.DDIM(0.0, "beta"), r"write DDPM\('beta'\)"),
