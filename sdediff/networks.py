@@ -111,26 +111,32 @@ class MLP(nn.Module):
         return self.write(nn.functional.silu(h)).reshape(shape)
 
 
+def _event(shape: int | Sequence[int]) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else tuple(shape)
+
+
 class GaussianMLP(nn.Module):
     """Residual perceptron `network(x) -> (mean, std)`, a conditional of a VAE; it starts as the standard normal.
 
     Args:
-        inputs: shape of an event of x.
+        inputs: shape of an event of x, `(8,)` or 8.
         outputs: shape of an event of mean and std.
         width: hidden units.
         depth: residual blocks.
     """
 
-    def __init__(self, inputs: Sequence[int], outputs: Sequence[int], width: int = 128, depth: int = 1) -> None:
+    def __init__(
+        self, inputs: int | Sequence[int], outputs: int | Sequence[int], width: int = 128, depth: int = 1
+    ) -> None:
         super().__init__()
-        self.config = {"inputs": list(inputs), "outputs": list(outputs), "width": width, "depth": depth}
-        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
-        self.read = nn.Linear(math.prod(inputs), width)
+        self.inputs, self.outputs = _event(inputs), _event(outputs)
+        self.config = {"inputs": list(self.inputs), "outputs": list(self.outputs), "width": width, "depth": depth}
+        self.read = nn.Linear(math.prod(self.inputs), width)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
             for _ in range(depth)
         )
-        self.write = nn.Linear(width, 2 * math.prod(outputs))
+        self.write = nn.Linear(width, 2 * math.prod(self.outputs))
         nn.init.zeros_(self.write.weight)
         nn.init.zeros_(self.write.bias)
 

@@ -265,3 +265,13 @@ def test_fit_trains_a_counting_network_as_it_is():
     model = sd.ScoreModel(Counting(20), chain, time=chain.timestep)
     trained = sd.fit(model, torch.randn(64, 2), steps=3, batch_size=16, progress=False, seed=0)
     assert trained.losses.isfinite().all()
+
+
+@pytest.mark.parametrize("clock", ["timestep", "nearest_timestep"])
+def test_a_counting_network_is_loaded_with_its_clock(tmp_path, clock):
+    chain = sd.DiscreteVP.linear_betas(20, 1e-3, 0.3).respace([0, 5, 9, 19])
+    model = sd.ScoreModel(Counting(20), chain, time=getattr(chain, clock))
+    sd.save(model, tmp_path)
+    again = sd.load(tmp_path, network=Counting(20))
+    assert again.time(chain.times).tolist() == [19, 9, 5, 0]
+    assert again.time.__name__ == clock

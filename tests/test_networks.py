@@ -178,3 +178,9 @@ def test_a_negative_time_is_refused_with_what_to_write_and_that_works():
     with pytest.raises(sd.OptionError, match=says):
         model.denoised(t, x)
     assert sd.ScoreModel(model.network, sde, "edm", time=sde.sigma).denoised(t, x).isfinite().all()
+
+
+def test_a_gaussian_mlp_takes_the_size_of_a_vector_for_its_shape():
+    one, other = sd.networks.GaussianMLP(3, (2,), width=8), sd.networks.GaussianMLP((3,), 2, width=8)
+    assert one.config == other.config == {"inputs": [3], "outputs": [2], "width": 8, "depth": 1}
+    assert one(torch.zeros(4, 3))[0].shape == (4, 2)
