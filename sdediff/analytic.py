@@ -40,7 +40,7 @@ from torch import Tensor
 
 from sdediff import grids
 from sdediff.errors import DivergenceError, OptionError, ShapeError, TimeError
-from sdediff.model import Point, ScoreModel
+from sdediff.model import Point, ScoreModel, evaluating
 from sdediff.noise import Noise, RowNoise
 from sdediff.sde import check_grid, fresh_seed
 from sdediff.shapes import PerRow, State, as_float64, as_time, check_state, over, sum_rows
@@ -116,7 +116,7 @@ class AnalyticVariance(StepVariance):
         condition: Any = None,
         batch_size: int = 1024,
     ) -> AnalyticVariance:
-        """Estimate w by one network call a row at every time, with fresh noise.
+        """Estimate w by one network call a row at every time, in evaluation mode, with fresh noise.
 
         Args:
             model: any model of a linear SDE.
@@ -156,14 +156,15 @@ class AnalyticVariance(StepVariance):
         source = RowNoise(fresh_seed() if seed is None else seed) if noise is None else noise
         given = model if condition is None else model.given(condition)
         values = torch.empty(len(grid), len(data), dtype=torch.float64)
-        for start in range(0, len(data), batch_size):
-            rows = slice(start, start + batch_size)
-            x, part, stream = data[rows], given.rows(rows, len(data)), source.open(start)
-            predicted = part.combined(grid, torch.zeros_like(grid), torch.ones_like(grid))
-            for k, share in enumerate(blind):
-                eps = stream.normal(x)
-                epshat = predicted(k, over(alpha[k], x) * x + over(sigma[k], x) * eps)
-                values[k, rows] = FORMS[form](eps.double(), epshat.double(), share)
+        with evaluating(model.network):
+            for start in range(0, len(data), batch_size):
+                rows = slice(start, start + batch_size)
+                x, part, stream = data[rows], given.rows(rows, len(data)), source.open(start)
+                predicted = part.combined(grid, torch.zeros_like(grid), torch.ones_like(grid))
+                for k, share in enumerate(blind):
+                    eps = stream.normal(x)
+                    epshat = predicted(k, over(alpha[k], x) * x + over(sigma[k], x) * eps)
+                    values[k, rows] = FORMS[form](eps.double(), epshat.double(), share)
         _check_finite(values, grid)
         found, errors = values.mean(1), values.std(1) / math.sqrt(len(data))
         log_snr = 2 * (alpha.log() - sigma.log())

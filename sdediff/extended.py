@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from sdediff.errors import OptionError, ShapeError
-from sdediff.model import Point, ScoreModel
+from sdediff.model import Point, ScoreModel, evaluating
 from sdediff.shapes import PerRow, State, Time, as_time, check_state, per_row, sum_rows
 from sdediff.times import Even, Law
 from sdediff.variance import EntryVariance, ReverseSteps
@@ -137,7 +137,7 @@ class _Learned(EntryVariance):
     """A variance from a network.
 
     Args:
-        network: what was trained, called as the model's own.
+        network: what was trained, called as the model's own, in evaluation mode.
         bounds: `(a, b)` that the entries of data lie in, or None.
 
     Attributes:
@@ -163,7 +163,13 @@ class _Learned(EntryVariance):
 
     def along(self, model: ScoreModel, steps: ReverseSteps) -> tuple[ScoreModel, Callable[[int, State], State]]:
         at = steps.at[:-1]
-        model, variance = self._noise_variance(model, at, _beside(model, self.network).along(at.t))
+        output = _beside(model, self.network).along(at.t)
+
+        def h(i: int, x: State) -> State:
+            with evaluating(self.network):
+                return output(i, x)
+
+        model, variance = self._noise_variance(model, at, h)
         ratio = ((at.sigma / at.alpha) ** 2).tolist()
         nu, gain = (steps.nu**2).tolist(), (steps.gain**2).tolist()
         most = None if self.bounds is None else ((self.bounds[1] - self.bounds[0]) / 2) ** 2

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import NAMED, TwoFunctions, moment_error, name, scalar_target
+from helpers import NAMED, Recording, TwoFunctions, moment_error, name, scalar_target
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from variances import ANISOTROPIC, anisotropic, beyond, design, divergences, exact_estimate, gaussian_ratio
@@ -127,6 +127,17 @@ def test_a_condition_is_cut_with_the_rows():
         sd.ScoreModel(network, VP), data, [0.9, 0.2], condition=labels, seed=0, batch_size=4
     )
     assert all(abs(w) < 4 * e < 1 for w, e in zip(found.estimates, found.stderr, strict=True))
+
+
+def test_the_network_is_run_in_evaluation_mode_and_left_as_it_was():
+    """Dropout would add to the error, and the buffers of a batch norm would move."""
+    network = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.5)).double()
+    seen = []
+    model = sd.ScoreModel(Recording(network, seen), VP)
+    sd.AnalyticVariance.estimate(model, ANISOTROPIC.sample(8, 0), [0.9, 0.2], seed=0)
+    assert seen == [False, False]
+    assert network.training and network[1].training
+    assert torch.equal(network[0].running_mean, torch.zeros(2, dtype=F64))
 
 
 def test_states_of_any_shape_and_dtype_are_estimated_alike():

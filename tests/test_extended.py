@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import NAMED, BasisStream, name
+from helpers import NAMED, BasisStream, Recording, name
 from variances import beyond, divergences
 
 import sdediff as sd
@@ -242,6 +242,16 @@ def test_what_is_out_of_bounds_is_held_and_counted():
 def test_bad_input_gets_a_sentence(make, message):
     with pytest.raises(sd.OptionError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", [sd.SquaredNoise, sd.NoiseResidual])
+def test_its_network_is_run_in_evaluation_mode_and_left_as_it_was(kind):
+    seen = []
+    network = Recording(torch.nn.Dropout(0.5), seen)
+    sd.sample(DIAGONAL.model(VP), (3, 2), solver=sd.DDPM(kind(network)), steps=2, seed=0)
+    assert seen == [False] * 2
+    assert network.training
+    assert network.network.training
 
 
 def test_a_network_of_another_shape_is_refused():
