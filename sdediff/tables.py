@@ -33,7 +33,16 @@ from sdediff.reverse import Reverse
 from sdediff.sde import SDE
 from sdediff.shapes import Grid, State
 from sdediff.solvers import Solver, Step, model_of
-from sdediff.variance import Beta, Posterior, ReverseSteps, ReverseVariance, StepVariance, variance_of
+from sdediff.variance import (
+    Beta,
+    Posterior,
+    ReverseSteps,
+    ReverseVariance,
+    StepVariance,
+    entries_of,
+    table_of,
+    variance_of,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,7 +301,7 @@ class _Ancestral(TableSolver):
         """The coefficients for a grid; C is 0 where the noise depends on the state."""
         steps = ReverseSteps.of(model.point(times), self._eta)
         variance = self._variance
-        added = variance.table(steps).sqrt() if isinstance(variance, StepVariance) else torch.zeros_like(steps.nu)
+        added = table_of(variance, steps).sqrt() if isinstance(variance, StepVariance) else torch.zeros_like(steps.nu)
         return first_order(model, steps.at, steps.kept, added)
 
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
@@ -302,7 +311,7 @@ class _Ancestral(TableSolver):
         model = model_of(process, self)
         with torch.no_grad():
             steps = ReverseSteps.of(model.point(times), self._eta)
-        model, spread = variance.along(model, steps)
+        model, spread = entries_of(variance, model, steps)
         mean = super().start(Reverse(model, self.noise_level), x, times, noise)
 
         def step(i: int, x: State) -> State:

@@ -41,7 +41,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sdediff.errors import OptionError
+from sdediff.errors import OptionError, ShapeError
 from sdediff.model import PREDICTIONS, Point, ScoreModel
 from sdediff.shapes import State
 
@@ -155,6 +155,52 @@ class Beta(StepVariance):
         return steps.at.sigma[:-1] ** 2 * steps.fresh
 
 
+def table_of(variance: StepVariance, steps: ReverseSteps) -> Tensor:
+    """`variance.table(steps)`, checked.
+
+    Raises:
+        ShapeError: it has not one number for every step.
+        OptionError: a number is negative or NaN.
+    """
+    table = variance.table(steps)
+    if table.shape != steps.nu.shape:
+        raise ShapeError(
+            f"{type(variance).__name__} must give one number for every step, shape {tuple(steps.nu.shape)}; got "
+            f"{tuple(table.shape)}."
+        )
+    wrong = ~(table >= 0) & steps.nu.isfinite()
+    if bool(wrong.any()):
+        raise OptionError(
+            f"A variance must be >= 0; {type(variance).__name__} has {table[wrong][0]:g} for the step that starts at "
+            f"t = {steps.at.t[:-1][wrong][0]:g}."
+        )
+    return table
+
+
+def entries_of(
+    variance: EntryVariance, model: ScoreModel, steps: ReverseSteps
+) -> tuple[ScoreModel, Callable[[int, State], State]]:
+    """`variance.along(model, steps)`, whose V raises ShapeError for another shape, OptionError for V < 0."""
+    model, values = variance.along(model, steps)
+
+    def checked(i: int, x: State) -> State:
+        found = values(i, x)
+        if found.shape != x.shape:
+            raise ShapeError(
+                f"{type(variance).__name__} must give one number for every entry of the states, shape "
+                f"{tuple(x.shape)}; got {tuple(found.shape)}."
+            )
+        wrong = found < 0  # NaN is that of a state, and reported with it
+        if bool(wrong.any()):
+            raise OptionError(
+                f"A variance must be >= 0; {type(variance).__name__} has {int(wrong.sum())} of {wrong.numel()} entries "
+                f"below, such as {found[wrong][0]:g}, at t = {steps.at.t[i]:g}."
+            )
+        return found
+
+    return model, checked
+
+
 VARIANCES: dict[str, ReverseVariance] = {"posterior": Posterior(), "beta": Beta()}
 """The variances that have a name."""
 
@@ -167,7 +213,7 @@ def variance_of(variance: str | ReverseVariance, caller: str) -> ReverseVariance
     """
     if isinstance(variance, (StepVariance, EntryVariance)):
         return variance
-    if variance not in VARIANCES:
+    if not isinstance(variance, str) or variance not in VARIANCES:
         raise OptionError(
             f"Unknown variance {variance!r} for {caller}: write {' or '.join(map(repr, VARIANCES))}, or pass a "
             "StepVariance or EntryVariance, such as AnalyticVariance.estimate(model, data, times)."
