@@ -14,8 +14,8 @@ The hybrid loss of a chain of T steps, the one to the data among them, is `L_sim
     L_simple = E |epshat - eps|^2 / D,
     L_vlb    = T E L_t / D,         L_t = KL(q(x_s | x_t, x_0) || p(x_s | x_t)),    or  -log p(x_0 | x_t) at the last,
 
-over steps drawn evenly. In L_vlb the mean is held constant (and a learned schedule), so that L_simple alone trains it, and
-L_vlb alone the variance; its minimum is at `V = nu^2 + gain^2 E[(x_0 - xhat)^2 | x_t]` (see `sdediff.variance`).
+over steps drawn evenly. In L_vlb the mean is held constant, and a learned schedule, so that L_simple alone trains them,
+and L_vlb alone the variance; its minimum is at `V = nu^2 + gain^2 E[(x_0 - xhat)^2 | x_t]` (see `sdediff.variance`).
 
 Reference: Nichol and Dhariwal 2021 (arXiv:2102.09672), sections 3.1 and 3.4; they count L_vlb in bits.
 """

@@ -136,7 +136,8 @@ def test_the_network_is_run_in_evaluation_mode_and_left_as_it_was():
     model = sd.ScoreModel(Recording(network, seen), VP)
     sd.AnalyticVariance.estimate(model, ANISOTROPIC.sample(8, 0), [0.9, 0.2], seed=0)
     assert seen == [False, False]
-    assert network.training and network[1].training
+    assert network.training
+    assert network[1].training
     assert torch.equal(network[0].running_mean, torch.zeros(2, dtype=F64))
 
 
