@@ -119,6 +119,8 @@ def _log_ends(steps: ReverseSteps) -> tuple[Tensor, Tensor]:
 class LearnedVariance(EntryVariance):
     """The variance that the second output of a `TwoHeads` network gives: `DDPM(LearnedVariance())`.
 
+    It lies between the variances of DDPM, so that there is no DDIM with it, unless eta = 1.
+
     Raises:
         CapabilityError: when used with a model of another network.
     """

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from sdediff.errors import CapabilityError, OptionError
+from sdediff.iddpm import LearnedVariance
 from sdediff.model import Combination, Point, ScoreModel
 from sdediff.noise import NoiseStream
 from sdediff.reverse import Reverse
@@ -329,7 +330,8 @@ class DDIM(_Ancestral):
         eta: 0 for the deterministic sampler (a solver of the probability-flow ODE, in both directions), 1 for DDPM's
             ancestral sampling; between and slightly above are legal.
         variance: of the noise added, "posterior" for that of the inference process, or a `StepVariance` or
-            `EntryVariance`, which adds what the data is uncertain by (Analytic-DDIM).
+            `EntryVariance`, which adds what the data is uncertain by (Analytic-DDIM); not "beta", and `LearnedVariance`
+            for eta = 1 only, as they are variances of DDPM's kernel.
     """
 
     _fixed: ClassVar[bool] = True
@@ -341,6 +343,11 @@ class DDIM(_Ancestral):
             raise OptionError(f"DDIM needs eta >= 0; got {self.eta}.")
         if isinstance(self._variance, Beta):
             raise OptionError("DDIM has no variance 'beta', which belongs to eta = 1: write DDPM('beta').")
+        if isinstance(self._variance, LearnedVariance) and self.eta != 1:
+            raise OptionError(
+                f"DDIM({self.eta:g}) has no LearnedVariance(), which lies between the fixed choices of eta = 1: write "
+                "DDPM(LearnedVariance())."
+            )
 
     @property
     def noise_level(self) -> float:  # type: ignore[override]  # the lambda that eta tends to with small steps

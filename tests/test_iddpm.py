@@ -510,6 +510,15 @@ def test_bad_input_gets_a_sentence(kind, message, bad):
         hybrid(model, **arguments)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.1])
+def test_it_is_a_variance_of_ddpm_alone(eta):
+    with pytest.raises(OptionError, match=rf"DDIM\({eta:g}\) has no LearnedVariance.*write DDPM\(LearnedVariance"):
+        sd.DDIM(eta, LEARNED)
+    model = with_second(mixture().model(sd.VP()), wavy)
+    runs = [sd.sample(model, (3, 2), solver=s, steps=3, seed=0).x for s in (sd.DDIM(1.0, LEARNED), sd.DDPM(LEARNED))]
+    assert torch.equal(*runs)
+
+
 def test_what_the_loss_is_not_made_for_is_refused():
     x0 = torch.zeros(2, 2, dtype=F64)
     with pytest.raises(OptionError, match="hybrid needs a ScoreModel, whose network is a TwoHeads; got function"):
