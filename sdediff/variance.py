@@ -33,8 +33,9 @@ References: Ho et al. 2020 (arXiv:2006.11239), section 3.2; Song, Meng and Ermon
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -199,6 +200,21 @@ def entries_of(
         return found
 
     return model, checked
+
+
+def checked_bounds(bounds: Sequence[float]) -> tuple[float, float]:
+    """`(a, b)` that the entries of data lie in, as floats.
+
+    Raises:
+        OptionError: they are not two numbers, the lower first.
+    """
+    try:
+        low, high = map(float, bounds)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not low < high:
+        raise OptionError(f"bounds are (a, b) with a < b; got {bounds!r}.")
+    return low, high
 
 
 VARIANCES: dict[str, ReverseVariance] = {"posterior": Posterior(), "beta": Beta()}
