@@ -15,7 +15,8 @@ Here the reverse kernels have the variance of the posterior. Any other (`sdediff
 its decoder, instead of s^2, the V of the step to the data. In the limit of small steps those with `V / nu^2 - 1` of the
 order of a step have the same bound ("beta", the analytic ones); `sum (V / nu^2 - 1)^2` that does not vanish lowers it.
 
-For discrete data a decoder takes the place of the normal density, `E log P(x | z_0)`: a bound on log P(x).
+For discrete data a decoder takes the place of the normal density, `E log P(x | z_0)`: a bound on log P(x). No decoder
+has a V of the step to the data: `DiscretizedGaussian` keeps s^2.
 
 `consistency_elbo`: the same bound, with z_i at times t_0 = t_max > ... > t_n = t_min and z_(n+1) = x, as the mean over
 paths `q(z_0 ... z_n | x)` of what each state z_1 ... z_n is said to be by the next and by the one before,
@@ -176,7 +177,8 @@ def elbo(
         scale: rough standard deviation of the data; if None, that of an "edm" model, else 1. Where it is off, the
             standard error grows, and the grid of `steps` is less even.
         decoder: of discrete data (see `sdediff.decoders`), in place of the normal density; the total is then a bound on
-            the log-probability of the codes, not on a density.
+            the log-probability of the codes, not on a density. It is a distribution of its own: `variance` is that of
+            the other steps only, and `DiscretizedGaussian` keeps `sigma^2 / alpha^2` at t_min.
         seed: row i depends on it and on i only, whatever the batch or chunk size.
         noise: a source of the noise in place of `RowNoise(seed)`.
         condition, batch_size: as in `sample`.
@@ -189,7 +191,7 @@ def elbo(
     kernels = variance_of(variance, "elbo")
     if not discrete and not isinstance(kernels, Posterior):
         raise OptionError(
-            "In continuous time the variance is not a choice: the integral is that of the posterior's, and of all whose "
+            "In continuous time the variance is not a choice: it is that of the posterior, and of all whose "
             f"V / nu^2 tends to 1 fast enough; got variance={variance!r}. Give steps=... or times=..., or leave "
             "variance away."
         )
