@@ -22,12 +22,14 @@ beyond them is held there and reported. Far beyond, the model says less of the n
 
 Between the times of the estimate, `logit w` is a monotone cubic (Fritsch and Butland, 1984) of log SNR: a straight
 line for isotropic normal data. As w depends on the SNR only, the estimate serves on any grid, and for any linear SDE.
+Where alpha = 0, `sbar^2` is the mean square deviation of the data itself.
 
 References: Bao et al. 2022 (arXiv:2201.06503), theorems 1 and 2; Bao et al. 2022b (arXiv:2206.07309), section 3.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,11 +42,12 @@ from torch import Tensor
 
 from sdediff import grids
 from sdediff.errors import DivergenceError, OptionError, ShapeError, TimeError
-from sdediff.model import Point, ScoreModel
+from sdediff.linear import LinearSDE
+from sdediff.model import Point, ScoreModel, evaluating
 from sdediff.noise import Noise, RowNoise
 from sdediff.sde import check_grid, fresh_seed
-from sdediff.shapes import PerRow, State, as_float64, as_time, check_state, over, sum_rows
-from sdediff.variance import ReverseSteps, StepVariance
+from sdediff.shapes import Grid, PerRow, State, as_float64, as_time, check_state, over, sum_rows
+from sdediff.variance import ReverseSteps, StepVariance, checked_bounds
 
 
 def _residual(eps: State, epshat: State, blind: float) -> PerRow:
@@ -60,7 +63,8 @@ FORMS: dict[str, Callable[[State, State, float], PerRow]] = {"residual": _residu
 
 _STEPS = 64
 _EDGE = 1e-12
-_SLACK = 1e-6
+_SLACK = 0.01
+"""In log SNR: what rounding the ends of a grid to float32 moves them by, and w by at most as much of itself."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,10 @@ class AnalyticVariance(StepVariance):
         stderr: standard errors of the estimates.
         bounds: `(a, b)` that the data lies in, or None.
         form: "residual" or "score".
+        spread: mean square deviation of the data from its mean, which is sbar^2 where alpha = 0; None if not known.
+
+    Raises:
+        OptionError, ShapeError: the numbers do not make a table, or one of them is not finite.
     """
 
     _fixed: ClassVar[bool] = True
@@ -86,12 +94,13 @@ class AnalyticVariance(StepVariance):
     stderr: tuple[float, ...]
     bounds: tuple[float, float] | None = None
     form: str = "residual"
+    spread: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("times", "log_snr", "estimates", "stderr"):
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         if self.bounds is not None:
-            object.__setattr__(self, "bounds", _checked_bounds(self.bounds))
+            object.__setattr__(self, "bounds", checked_bounds(self.bounds))
         lengths = {len(self.times), len(self.log_snr), len(self.estimates), len(self.stderr)}
         if len(lengths) > 1 or len(self.times) < 2:
             raise ShapeError(
@@ -100,6 +109,10 @@ class AnalyticVariance(StepVariance):
             )
         if not all(a < b for a, b in zip(self.log_snr, self.log_snr[1:], strict=False)):
             raise OptionError(f"The log_snr of an AnalyticVariance must rise strictly; got {self.log_snr}.")
+        numbers = (*self.log_snr, *self.estimates, *self.stderr, 0.0 if self.spread is None else self.spread)
+        if not all(map(math.isfinite, numbers)):
+            raise OptionError(f"The numbers of an AnalyticVariance must be finite; got {dataclasses.asdict(self)}.")
+        _check_form(self.form)
 
     @classmethod
     @torch.no_grad()
@@ -116,17 +129,17 @@ class AnalyticVariance(StepVariance):
         condition: Any = None,
         batch_size: int = 1024,
     ) -> AnalyticVariance:
-        """Estimate w by one network call a row at every time, with fresh noise.
+        """Estimate w by one network call a row at every time, in evaluation mode, with fresh noise.
 
         Args:
             model: any model of a linear SDE.
             data: `(batch, *event)`, at least two rows; a thousand give w to about one percent.
             times: falling, at least two, with finite SNR; 65 times even in log SNR if None. The variance can be used
-                on every grid between the first and the last.
+                on every grid between the first and the last, and where alpha = 0.
             form: "residual" or "score".
             bounds: `(a, b)` that the entries of data lie in, if they are bounded, such as `(-1, 1)` of images.
             seed: row i depends on it and on i only, whatever the batch size.
-            noise: a source of the noise in place of `RowNoise(seed)`.
+            noise: a source of the noise in place of `RowNoise(seed)`; give one of the two.
             condition: passed to the network; tensors with an entry for every row of data are cut with it.
             batch_size: rows of a network call.
 
@@ -134,15 +147,18 @@ class AnalyticVariance(StepVariance):
             OptionError, ShapeError, TimeError, CapabilityError: an argument does not fit.
             DivergenceError: the model is NaN or infinite.
         """
+        if not isinstance(model, ScoreModel):
+            raise OptionError(f"An estimate needs a ScoreModel; got {type(model).__name__}.")
         check_state(data, "data")
         if len(data) < 2 or data[0].numel() < 1:
             raise ShapeError(f"An estimate needs at least two rows of data; got shape {tuple(data.shape)}.")
-        if form not in FORMS:
-            raise OptionError(f"Unknown form {form!r}: write {' or '.join(map(repr, FORMS))}.")
+        _check_form(form)
+        if seed is not None and noise is not None:
+            raise OptionError("Give either seed=... or noise=..., not both.")
         if batch_size < 1:
             raise OptionError(f"batch_size must be at least 1; got {batch_size}.")
         _check_data(data, bounds)
-        grid = grids.log_snr(model.linear, _STEPS) if times is None else as_time(times)
+        grid = _times(model.linear) if times is None else as_time(times)
         check_grid(grid, direction=-1)
         model.linear.check_span(grid, "times")
         alpha, sigma = model.linear.scales_at(grid)
@@ -156,19 +172,26 @@ class AnalyticVariance(StepVariance):
         source = RowNoise(fresh_seed() if seed is None else seed) if noise is None else noise
         given = model if condition is None else model.given(condition)
         values = torch.empty(len(grid), len(data), dtype=torch.float64)
-        for start in range(0, len(data), batch_size):
-            rows = slice(start, start + batch_size)
-            x, part, stream = data[rows], given.rows(rows, len(data)), source.open(start)
-            predicted = part.combined(grid, torch.zeros_like(grid), torch.ones_like(grid))
-            for k, share in enumerate(blind):
-                eps = stream.normal(x)
-                epshat = predicted(k, over(alpha[k], x) * x + over(sigma[k], x) * eps)
-                values[k, rows] = FORMS[form](eps.double(), epshat.double(), share)
+        with evaluating(model.network):
+            for start in range(0, len(data), batch_size):
+                rows = slice(start, start + batch_size)
+                x, part, stream = data[rows], given.rows(rows, len(data)), source.open(start)
+                predicted = part.combined(grid, torch.zeros_like(grid), torch.ones_like(grid))
+                for k, share in enumerate(blind):
+                    eps = stream.normal(x)
+                    epshat = predicted(k, over(alpha[k], x) * x + over(sigma[k], x) * eps)
+                    values[k, rows] = FORMS[form](eps.double(), epshat.double(), share)
         _check_finite(values, grid)
         found, errors = values.mean(1), values.std(1) / math.sqrt(len(data))
         log_snr = 2 * (alpha.log() - sigma.log())
         return cls(
-            tuple(grid.tolist()), tuple(log_snr.tolist()), tuple(found.tolist()), tuple(errors.tolist()), bounds, form
+            tuple(grid.tolist()),
+            tuple(log_snr.tolist()),
+            tuple(found.tolist()),
+            tuple(errors.tolist()),
+            bounds,
+            form,
+            spread.item(),
         )
 
     # What was found
@@ -224,18 +247,36 @@ class AnalyticVariance(StepVariance):
         return self._bounded(at.sigmoid(), log_snr)
 
     def data_variance(self, at: Point) -> Tensor:
-        """`sbar^2(t)`, the mean of `Var[x_0 | x_t]` over entries and data, float64, one for each time of `at`."""
+        """`sbar^2(t)`, the mean of `Var[x_0 | x_t]` over entries and data, float64, one for each time of `at`.
+
+        Raises:
+            TimeError: a time is beyond those of the estimate, and alpha is not 0 there with the spread known.
+        """
         log_snr = 2 * (at.alpha.log() - at.sigma.log())
-        return (-log_snr).exp() * self.ratio_at(log_snr)
+        if self.spread is None:
+            return (-log_snr).exp() * self.ratio_at(log_snr)
+        seen = log_snr > -math.inf
+        variance = torch.full_like(log_snr, self.spread)
+        variance[seen] = (-log_snr[seen]).exp() * self.ratio_at(log_snr[seen])
+        return variance
 
     def table(self, steps: ReverseSteps) -> Tensor:
         return steps.nu**2 + steps.gain**2 * self.data_variance(steps.at[:-1])
 
 
-def _checked_bounds(bounds: Sequence[float]) -> tuple[float, float]:
-    if len(bounds) != 2 or not bounds[0] < bounds[1]:
-        raise OptionError(f"bounds are (a, b) with a < b; got {tuple(bounds)}.")
-    return float(bounds[0]), float(bounds[1])
+def _check_form(form: object) -> None:
+    if not isinstance(form, str) or form not in FORMS:
+        raise OptionError(f"Unknown form {form!r}: write {' or '.join(map(repr, FORMS))}.")
+
+
+def _times(sde: LinearSDE) -> Grid:
+    """Times even in log SNR; where alpha or sigma is 0 at an end, up to where the next would be."""
+    grid = grids.log_snr(sde, _STEPS)
+    levels = sde.log_snr(grid[1:-1])
+    for end, beyond in ((0, 2 * levels[0] - levels[1]), (-1, 2 * levels[-1] - levels[-2])):
+        if not bool(sde.log_snr(grid[end]).isfinite()):
+            grid[end] = sde.time(beyond)
+    return grid
 
 
 def _check_data(data: State, bounds: Sequence[float] | None) -> None:
@@ -243,7 +284,7 @@ def _check_data(data: State, bounds: Sequence[float] | None) -> None:
         raise OptionError("data has NaN or infinite entries; leave those rows out.")
     if bounds is None:
         return
-    low, high = _checked_bounds(bounds)
+    low, high = checked_bounds(bounds)
     if data.min() < low or data.max() > high:
         raise OptionError(
             f"data lies in [{data.min():g}, {data.max():g}], outside bounds = ({low:g}, {high:g}): give bounds that "

@@ -12,9 +12,11 @@ times the ratio of the denoiser's error to its mean for normal data of scale c, 
     diffusion = 1/2 int -g' E|x - xhat(z_t)|^2 dt      = 1/2 int E du                     in continuous time.
 
 Here the reverse kernels have the variance of the posterior. Any other (`sdediff.variance`) has its KL divergences, and
-its decoder, instead of s^2, the V of the step to the data. In the limit of small steps the variance is no choice.
+its decoder, instead of s^2, the V of the step to the data. In the limit of small steps those with `V / nu^2 - 1` of the
+order of a step have the same bound ("beta", the analytic ones); `sum (V / nu^2 - 1)^2` that does not vanish lowers it.
 
-For discrete data a decoder takes the place of the normal density, `E log P(x | z_0)`: a bound on log P(x).
+For discrete data a decoder takes the place of the normal density, `E log P(x | z_0)`: a bound on log P(x). No decoder
+has a V of the step to the data: `DiscretizedGaussian` keeps s^2.
 
 `consistency_elbo`: the same bound, with z_i at times t_0 = t_max > ... > t_n = t_min and z_(n+1) = x, as the mean over
 paths `q(z_0 ... z_n | x)` of what each state z_1 ... z_n is said to be by the next and by the one before,
@@ -175,7 +177,8 @@ def elbo(
         scale: rough standard deviation of the data; if None, that of an "edm" model, else 1. Where it is off, the
             standard error grows, and the grid of `steps` is less even.
         decoder: of discrete data (see `sdediff.decoders`), in place of the normal density; the total is then a bound on
-            the log-probability of the codes, not on a density.
+            the log-probability of the codes, not on a density. It is a distribution of its own: `variance` is that of
+            the other steps only, and `DiscretizedGaussian` keeps `sigma^2 / alpha^2` at t_min.
         seed: row i depends on it and on i only, whatever the batch or chunk size.
         noise: a source of the noise in place of `RowNoise(seed)`.
         condition, batch_size: as in `sample`.
@@ -188,8 +191,9 @@ def elbo(
     kernels = variance_of(variance, "elbo")
     if not discrete and not isinstance(kernels, Posterior):
         raise OptionError(
-            f"In continuous time the variance is not a choice: all tend to the posterior's; got variance={variance!r}. "
-            "Give steps=... or times=..., or leave variance away."
+            "In continuous time the variance is not a choice: it is that of the posterior, and of all whose "
+            f"V / nu^2 tends to 1 fast enough; got variance={variance!r}. Give steps=... or times=..., or leave "
+            "variance away."
         )
     scale = scale_of(model, scale)
     grid = grid_of(model, steps, times, t_min, scale)
@@ -233,6 +237,9 @@ def consistency_elbo(
 ) -> ELBO:
     """`elbo` of a discrete chain in its consistency form: the same number in expectation, with a higher variance.
 
+    It takes no decoder: its reconstruction is the density of x given the end of a path. For the probability of discrete
+    data `elbo` has the decoders, and the reconstruction of both forms is the same.
+
     Args:
         model, x, steps, times, t_min, variance, prior, scale, seed, noise, condition, batch_size: as in `elbo`.
         samples: pairs of paths of opposite noise from x to the noise end, for each row.
@@ -244,8 +251,11 @@ def consistency_elbo(
     Raises:
         OptionError, ShapeError, TimeError, CapabilityError, DivergenceError: as `elbo`.
     """
-    if steps is None and times is None:
-        raise OptionError("The consistency form is that of a discrete chain: give steps=... or times=....")
+    if times is None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise OptionError(
+            "The consistency form is that of a discrete chain: give steps=..., a whole number of steps >= 1, or "
+            f"times=...; got steps={steps!r}."
+        )
     kernels = variance_of(variance, "consistency_elbo")
     scale = scale_of(model, scale)
     grid = grid_of(model, steps, times, t_min, scale)

@@ -195,7 +195,7 @@ def load(path: str | Path, *, network: nn.Module | None = None, sde: SDE | None 
         network: needed when the network is not one of `sdediff.networks`; the weights are put into it.
         sde: needed when the SDE is not one of the named processes.
         time: needed when the model had a time function of its own, other than the SDE's sigma, log_snr, timestep or
-            nearest_timestep. One that is made of the SDE, as that of `VDM(time=f)`, is to be made of the one given here:
+            nearest_timestep. One made of the SDE, as that of `VDM(time=f)`, is to be made of the SDE given here:
             `load(path, sde=sde, time=lambda t: f(-sde.log_snr(t)))` with a new `sde = LearnedVP(...)`.
 
     Raises:

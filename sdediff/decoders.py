@@ -173,7 +173,10 @@ class Softmax(Decoder):
 
 @dataclass(frozen=True)
 class DiscretizedGaussian(Decoder):
-    """The mass of `N(xhat(z), s^2)`, `s = sigma / alpha`, in the bin of x: DDPM's decoder; one network call."""
+    """The mass of `N(xhat(z), s^2)`, `s = sigma / alpha`, in the bin of x: DDPM's decoder; one network call.
+
+    The deviation is s whatever the reverse variance of a chain is.
+    """
 
     def log_prob(self, model: ScoreModel, t: Time, x: State, z: State) -> PerRow:
         codes = self._both(x, z)

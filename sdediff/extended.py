@@ -22,6 +22,7 @@ Reference: Bao et al. 2022b (arXiv:2206.07309), sections 3 and 4.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -30,11 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdediff.errors import OptionError, ShapeError
-from sdediff.model import Point, ScoreModel
+from sdediff.errors import CapabilityError, OptionError, ShapeError
+from sdediff.model import Point, ScoreModel, evaluating
 from sdediff.shapes import PerRow, State, Time, as_time, check_state, per_row, sum_rows
 from sdediff.times import Even, Law
-from sdediff.variance import EntryVariance, ReverseSteps
+from sdediff.variance import EntryVariance, ReverseSteps, checked_bounds
 
 Network = Callable[..., Tensor]
 
@@ -137,8 +138,11 @@ class _Learned(EntryVariance):
     """A variance from a network.
 
     Args:
-        network: what was trained, called as the model's own.
-        bounds: `(a, b)` that the entries of data lie in, or None.
+        network: what was trained, called as the model's own, in evaluation mode.
+        bounds: `(a, b)` that the entries of data lie in, or None. Where alpha = 0 the variance is `((b - a) / 2)^2`.
+
+    Raises:
+        CapabilityError: used where alpha = 0, without bounds.
 
     Attributes:
         clipped: counts what lay outside the bounds, over all sampling so far.
@@ -154,8 +158,8 @@ class _Learned(EntryVariance):
                 f"The network of {type(self).__name__} must be callable as network(x, t); got "
                 f"{type(self.network).__name__}."
             )
-        if self.bounds is not None and (len(self.bounds) != 2 or not self.bounds[0] < self.bounds[1]):
-            raise OptionError(f"bounds are (a, b) with a < b; got {tuple(self.bounds)}.")
+        if self.bounds is not None:
+            object.__setattr__(self, "bounds", checked_bounds(self.bounds))
 
     @abstractmethod
     def _noise_variance(self, model: ScoreModel, at: Point, h: Noise) -> tuple[ScoreModel, Noise]:
@@ -163,13 +167,25 @@ class _Learned(EntryVariance):
 
     def along(self, model: ScoreModel, steps: ReverseSteps) -> tuple[ScoreModel, Callable[[int, State], State]]:
         at = steps.at[:-1]
-        model, variance = self._noise_variance(model, at, _beside(model, self.network).along(at.t))
+        output = _beside(model, self.network).along(at.t)
+
+        def h(i: int, x: State) -> State:
+            with evaluating(self.network):
+                return output(i, x)
+
+        model, variance = self._noise_variance(model, at, h)
         ratio = ((at.sigma / at.alpha) ** 2).tolist()
         nu, gain = (steps.nu**2).tolist(), (steps.gain**2).tolist()
         most = None if self.bounds is None else ((self.bounds[1] - self.bounds[0]) / 2) ** 2
+        if most is None and math.inf in ratio:
+            raise CapabilityError(
+                f"At t = {at.t[ratio.index(math.inf)]:g} alpha is 0, where the variance of the noise says nothing of "
+                f"the data's: give {type(self).__name__} the bounds= of the data, use an AnalyticVariance, or start "
+                "later, with times=."
+            )
 
         def spread(i: int, x: State) -> State:
-            found = ratio[i] * variance(i, x)
+            found = ratio[i] * variance(i, x) if ratio[i] < math.inf else torch.full_like(x, math.inf)
             held = found.clamp(0, most)
             self.clipped.count(held != found)
             return nu[i] + gain[i] * held

@@ -14,8 +14,8 @@ The hybrid loss of a chain of T steps, the one to the data among them, is `L_sim
     L_simple = E |epshat - eps|^2 / D,
     L_vlb    = T E L_t / D,         L_t = KL(q(x_s | x_t, x_0) || p(x_s | x_t)),    or  -log p(x_0 | x_t) at the last,
 
-over steps drawn evenly. In L_vlb the mean is held constant, so that L_simple alone trains it, and L_vlb alone the
-variance; its minimum is at `V = nu^2 + gain^2 E[(x_0 - xhat)^2 | x_t]` (see `sdediff.variance`).
+over steps drawn evenly. In L_vlb the mean is held constant, and a learned schedule, so that L_simple alone trains them,
+and L_vlb alone the variance; its minimum is at `V = nu^2 + gain^2 E[(x_0 - xhat)^2 | x_t]` (see `sdediff.variance`).
 
 Reference: Nichol and Dhariwal 2021 (arXiv:2102.09672), sections 3.1 and 3.4; they count L_vlb in bits.
 """
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from sdediff.errors import CapabilityError, OptionError, ShapeError, TimeError
 from sdediff.grids import uniform
 from sdediff.linear import LinearSDE
-from sdediff.model import ScoreModel
+from sdediff.model import PREDICTIONS, ScoreModel
 from sdediff.processes import DiscreteVP
 from sdediff.sde import SLACK, check_grid
 from sdediff.shapes import Grid, PerRow, State, as_time, check_state, over, sum_rows
@@ -119,6 +119,8 @@ def _log_ends(steps: ReverseSteps) -> tuple[Tensor, Tensor]:
 class LearnedVariance(EntryVariance):
     """The variance that the second output of a `TwoHeads` network gives: `DDPM(LearnedVariance())`.
 
+    It lies between the variances of DDPM, so that there is no DDIM with it, unless eta = 1.
+
     Raises:
         CapabilityError: when used with a model of another network.
     """
@@ -161,13 +163,22 @@ def hybrid(
 
     Raises:
         OptionError, ShapeError, TimeError: an argument does not fit.
-        CapabilityError: the model's network has no second output.
+        CapabilityError: the model's network has no second output, or alpha is 0 at the chain's first time and the model
+            predicts noise or score.
     """
+    if not isinstance(model, ScoreModel):
+        raise OptionError(f"hybrid needs a ScoreModel, whose network is a TwoHeads; got {type(model).__name__}.")
     check_state(x0, "x0")
     if not 0 <= lam < math.inf:
         raise OptionError(f"lam is the weight of L_vlb, a number >= 0; got {lam}.")
     sde = model.linear
     grid = _times(sde, chain)
+    if model.blind_in_noise and not bool(sde.alpha(grid[0]) > 0):
+        raise CapabilityError(
+            f"At t = {grid[0]:g} alpha is 0, where a model that predicts {model.prediction!r} says nothing of the data "
+            "and L_vlb is infinite: use a network that predicts 'v', 'flow', 'data' or 'edm', or give a chain= that "
+            "starts later."
+        )
     if t is None:
         index = torch.randint(len(grid), x0.shape[:1], generator=generator)
     else:
@@ -178,16 +189,16 @@ def hybrid(
     heard = _Listening(model.network)
     model = replace(model, network=heard)
     zero, one = torch.zeros_like(clock), torch.ones_like(clock)
-    in_x, in_output = model.weights(clock, zero, one)
-    target = (
-        over((1 - in_x * sde.sigma(clock)) / in_output, x0) * noise - over(in_x * sde.alpha(clock) / in_output, x0) * x0
-    )
+    at = model.point(clock)
+    of_x0, of_noise = PREDICTIONS[model.prediction](at)
+    target = over(of_x0, x0) * x0 + over(of_noise, x0) * noise
     error = model.predict(clock, sde.perturb(clock, x0, noise), condition=condition) - target
-    simple = sum_rows((over(in_output, x0) * error) ** 2)
+    simple = sum_rows((over(model.weights_at(at, zero, one)[1], x0) * error) ** 2)
 
-    steps = ReverseSteps.to_data(model.point(grid))
-    low, high = _log_ends(steps)
-    of_data = model.weights(clock, one, zero)[1]
+    with torch.no_grad():  # a learned schedule is trained by L_simple, as the mean is
+        steps = ReverseSteps.to_data(model.point(grid))
+        low, high = _log_ends(steps)
+        of_data = model.weights(clock, one, zero)[1]
     # in units of V at v = 0, which float32 can hold: (nu^2 + gain^2 error^2) / V + log V
     own, moved = (part[index] * (-low[index] / 2).exp() for part in (steps.nu, steps.gain))
     grown = (heard.second(x0) + 1) / 2 * over((high - low)[index], x0)

@@ -26,7 +26,8 @@ References: Ho et al. 2020 (arXiv:2006.11239), noise; Salimans and Ho 2022 (arXi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -306,6 +307,20 @@ class ScoreModel:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ShapeError(f"The network must return a tensor shaped as x, {tuple(x.shape)}; it returned {got}.")
         return _in(output, x.dtype)
+
+
+@contextmanager
+def evaluating(network: Callable[..., Tensor]) -> Iterator[None]:
+    """Evaluation mode for a network that is or holds an `nn.Module`, and its own modes again afterwards."""
+    modules = getattr(network, "modules", None)
+    modes = {} if modules is None else {module: module.training for module in modules()}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def rows_of(condition: Any, index: slice | Tensor, batch: int) -> Any:

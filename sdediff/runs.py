@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -16,6 +15,7 @@ from sdediff.embedded import AdaptiveRungeKutta
 from sdediff.errors import OptionError
 from sdediff.exponential import Exponential, Points, deviation_of, split_for
 from sdediff.model import ScoreModel, rows_of
+from sdediff.model import evaluating as evaluating
 from sdediff.noise import NoiseStream
 from sdediff.runge_kutta import RungeKutta
 from sdediff.sde import SDE, SLACK, check_grid
@@ -135,20 +135,6 @@ def _silent(x: State, t: Tensor) -> State:
 def starts_at_prior(model: ScoreModel, t: Tensor) -> bool:
     """Whether t is the noise end of the SDE."""
     return abs(t.item() - model.sde.t_max) <= SLACK * model.sde.t_max
-
-
-@contextmanager
-def evaluating(network: Callable[..., Tensor]) -> Iterator[None]:
-    """Evaluation mode for a network that is or holds an `nn.Module`, and its own modes again afterwards."""
-    modules = getattr(network, "modules", None)
-    modes = {} if modules is None else {module: module.training for module in modules()}
-    for module in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def bound_rows(model: ScoreModel, condition: Any, rows: slice, batch: int) -> tuple[ScoreModel, Counter]:

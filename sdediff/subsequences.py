@@ -9,7 +9,9 @@ the event and in nats,
 the mean of `KL(q(x_s | x_t, x_0) || p(x_s | x_t)) / D`, with nu^2 the posterior's variance and
 `sbar^2(t) = E|x_0 - xhat|^2 / D` the error of the denoiser. At the best variance `V = nu^2 + gain^2 sbar^2` that is
 `1/2 log(V / nu^2) = 1/2 log(1 + (snr_s - snr_t) sbar^2(t))`; at `V = nu^2` it is `1/2 (snr_s - snr_t) sbar^2(t)`.
-The data, decoded from the last state z_t by `N(x_0; xhat, sbar^2(t) I)`, costs `1/2 log(2 pi e sbar^2(t))` more.
+The data, decoded from the last state z_t by `N(x_0; xhat, V I)`, costs `1/2 [log(2 pi V) + sbar^2(t) / V]` more, with
+the V of the step to the data (see `sdediff.variance`): `V = sbar^2` at best, `sigma^2` for "beta" and, as the
+posterior has none, `sigma^2 / alpha^2` for it, as in `sdediff.bounds.elbo`.
 The negative ELBO is the sum over the path and the divergence of the prior, so the path of least cost, found by dynamic
 programming over the table of all pairs, has the highest ELBO of all sub-sequences with as many steps.
 
@@ -32,9 +34,9 @@ from sdediff.analytic import AnalyticVariance
 from sdediff.errors import OptionError
 from sdediff.linear import as_linear
 from sdediff.model import Point
-from sdediff.sde import SDE, check_grid
+from sdediff.sde import SDE, SLACK, check_grid
 from sdediff.shapes import Grid, as_time
-from sdediff.variance import ReverseSteps, StepVariance, variance_of
+from sdediff.variance import ReverseSteps, StepVariance, table_of, variance_of
 
 Pairs: TypeAlias = Float[Tensor, " times times"]
 
@@ -113,12 +115,16 @@ class StepCosts:
         at = Point(process, grid, *process.scales_at(grid), 1.0)
         both = torch.stack([grid[early], grid[late]])
         steps = ReverseSteps.of(Point(process, both, *process.scales_at(both), 1.0))
-        error, spread = errors.data_variance(at), chosen.table(steps)[0]
+        error, spread = errors.data_variance(at), table_of(chosen, steps)[0]
         rho = steps.nu[0] ** 2 / spread
         snr = (at.alpha / at.sigma) ** 2
         costs = torch.full((len(grid), len(grid)), math.inf, dtype=torch.float64)
         costs[early, late] = (rho * (1 + (snr[late] - snr[early]) * error[early]) - 1 - rho.log()) / 2
-        return cls(grid, costs, (1 + math.log(2 * math.pi) + error.log()) / 2)
+        zero, one = torch.zeros_like(grid), torch.ones_like(grid)
+        t, alpha, sigma = (torch.stack(p) for p in ((grid, zero), (at.alpha, one), (at.sigma, zero)))
+        last = table_of(chosen, ReverseSteps.of(Point(process, t, alpha, sigma, 1.0)))[0]
+        last = torch.where(last == 0, 1 / snr, last)
+        return cls(grid, costs, (math.log(2 * math.pi) + last.log() + error / last) / 2)
 
     def total(self, times: Tensor | Sequence[float]) -> float:
         """The cost of a sub-sequence, the decoder's included.
@@ -128,7 +134,7 @@ class StepCosts:
         """
         path = _falling(times)
         places = (self.times[:, None] - path).abs().argmin(0)
-        off = (self.times[places] - path).abs() > 1e-9 * self.times[0]
+        off = (self.times[places] - path).abs() > SLACK * self.times[0]
         if bool(off.any()):
             raise OptionError(f"t = {path[off][0]:g} is not one of the {len(self.times)} times of these StepCosts.")
         return (self.steps[places[:-1], places[1:]].sum() + self.decoder[places[-1]]).item()

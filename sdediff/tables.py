@@ -27,13 +27,23 @@ import torch
 from torch import Tensor
 
 from sdediff.errors import CapabilityError, OptionError
+from sdediff.iddpm import LearnedVariance
 from sdediff.model import Combination, Point, ScoreModel
 from sdediff.noise import NoiseStream
 from sdediff.reverse import Reverse
 from sdediff.sde import SDE
 from sdediff.shapes import Grid, State
 from sdediff.solvers import Solver, Step, model_of
-from sdediff.variance import Beta, Posterior, ReverseSteps, ReverseVariance, StepVariance, variance_of
+from sdediff.variance import (
+    Beta,
+    Posterior,
+    ReverseSteps,
+    ReverseVariance,
+    StepVariance,
+    entries_of,
+    table_of,
+    variance_of,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,7 +302,7 @@ class _Ancestral(TableSolver):
         """The coefficients for a grid; C is 0 where the noise depends on the state."""
         steps = ReverseSteps.of(model.point(times), self._eta)
         variance = self._variance
-        added = variance.table(steps).sqrt() if isinstance(variance, StepVariance) else torch.zeros_like(steps.nu)
+        added = table_of(variance, steps).sqrt() if isinstance(variance, StepVariance) else torch.zeros_like(steps.nu)
         return first_order(model, steps.at, steps.kept, added)
 
     def start(self, process: SDE, x: State, times: Grid, noise: NoiseStream) -> Step:
@@ -302,7 +312,7 @@ class _Ancestral(TableSolver):
         model = model_of(process, self)
         with torch.no_grad():
             steps = ReverseSteps.of(model.point(times), self._eta)
-        model, spread = variance.along(model, steps)
+        model, spread = entries_of(variance, model, steps)
         mean = super().start(Reverse(model, self.noise_level), x, times, noise)
 
         def step(i: int, x: State) -> State:
@@ -320,7 +330,8 @@ class DDIM(_Ancestral):
         eta: 0 for the deterministic sampler (a solver of the probability-flow ODE, in both directions), 1 for DDPM's
             ancestral sampling; between and slightly above are legal.
         variance: of the noise added, "posterior" for that of the inference process, or a `StepVariance` or
-            `EntryVariance`, which adds what the data is uncertain by (Analytic-DDIM).
+            `EntryVariance`, which adds what the data is uncertain by (Analytic-DDIM); not "beta", and `LearnedVariance`
+            for eta = 1 only, as they are variances of DDPM's kernel.
     """
 
     _fixed: ClassVar[bool] = True
@@ -332,6 +343,11 @@ class DDIM(_Ancestral):
             raise OptionError(f"DDIM needs eta >= 0; got {self.eta}.")
         if isinstance(self._variance, Beta):
             raise OptionError("DDIM has no variance 'beta', which belongs to eta = 1: write DDPM('beta').")
+        if isinstance(self._variance, LearnedVariance) and self.eta != 1:
+            raise OptionError(
+                f"DDIM({self.eta:g}) has no LearnedVariance(), which lies between the fixed choices of eta = 1: write "
+                "DDPM(LearnedVariance())."
+            )
 
     @property
     def noise_level(self) -> float:  # type: ignore[override]  # the lambda that eta tends to with small steps

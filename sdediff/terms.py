@@ -27,12 +27,12 @@ from sdediff.model import ScoreModel
 from sdediff.noised import LOG_2PI, Rows, Values, clock_at, finite_values, summed
 from sdediff.priors import kl_to_prior
 from sdediff.shapes import PerRow, State, over
-from sdediff.variance import EntryVariance, ReverseSteps, ReverseVariance, StepVariance
+from sdediff.variance import EntryVariance, ReverseSteps, ReverseVariance, StepVariance, entries_of, table_of
 
 
 def variances_of(chain: ReverseSteps, kernels: StepVariance) -> Tensor:
     """V of every step; of that to the data, where the kernels have none (the posterior's is 0), sigma^2 / alpha^2."""
-    table, flat = kernels.table(chain), (chain.at.sigma[-2] / chain.at.alpha[-2]) ** 2
+    table, flat = table_of(kernels, chain), (chain.at.sigma[-2] / chain.at.alpha[-2]) ** 2
     table = torch.cat([table[:-1], torch.where(table[-1:] == 0, flat, table[-1:])])
     if not bool((table > 0).all()):
         i = int((~(table > 0)).nonzero()[0])
@@ -41,6 +41,25 @@ def variances_of(chain: ReverseSteps, kernels: StepVariance) -> Tensor:
             f"t = {chain.at.t[i]:g}."
         )
     return table
+
+
+def _positive(
+    kernels: EntryVariance, model: ScoreModel, chain: ReverseSteps
+) -> tuple[ScoreModel, Callable[[int, State], State]]:
+    model, values = entries_of(kernels, model, chain)
+
+    def positive(i: int, z: State) -> State:
+        found = values(i, z)
+        wrong = found == 0
+        if bool(wrong.any()):
+            raise OptionError(
+                f"A bound needs variances > 0; {type(kernels).__name__} has 0 for {int(wrong.sum())} of "
+                f"{wrong.numel()} entries at t = {chain.at.t[i]:g}. Give its network a positive output, such as a "
+                "softplus (of a NoiseResidual), or use variance='posterior' or an AnalyticVariance."
+            )
+        return found
+
+    return model, positive
 
 
 def by_step(
@@ -60,7 +79,7 @@ def by_entry(
     part: Rows, chain: ReverseSteps, kernels: EntryVariance, decoder: Decoder | None = None
 ) -> tuple[Values, Tensor]:
     """For a variance of every entry."""
-    model, variance = kernels.along(part.model, chain)
+    model, variance = _positive(kernels, part.model, chain)
     times = chain.at.t[:-1]
     last, inner = len(times) - 1, range(len(times) - 1)
 
@@ -98,7 +117,7 @@ def _cost(
 def along_paths(part: Rows, chain: ReverseSteps, kernels: ReverseVariance) -> tuple[Values, Values, Tensor]:
     """Samples of reconstruction, prior and terms in the consistency form."""
     if isinstance(kernels, EntryVariance):
-        model, variance = kernels.along(part.model, chain)
+        model, variance = _positive(kernels, part.model, chain)
     else:
         table = variances_of(chain, kernels)
         model, variance = part.model, lambda i, z: over(table[i], z).expand(z.shape)

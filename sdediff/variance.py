@@ -33,15 +33,16 @@ References: Ho et al. 2020 (arXiv:2006.11239), section 3.2; Song, Meng and Ermon
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sdediff.errors import OptionError
+from sdediff.errors import OptionError, ShapeError
 from sdediff.model import PREDICTIONS, Point, ScoreModel
 from sdediff.shapes import State
 
@@ -153,6 +154,67 @@ class Beta(StepVariance):
 
     def table(self, steps: ReverseSteps) -> Tensor:
         return steps.at.sigma[:-1] ** 2 * steps.fresh
+
+
+def table_of(variance: StepVariance, steps: ReverseSteps) -> Tensor:
+    """`variance.table(steps)`, checked.
+
+    Raises:
+        ShapeError: it has not one number for every step.
+        OptionError: a number is negative or NaN.
+    """
+    table = variance.table(steps)
+    if table.shape != steps.nu.shape:
+        raise ShapeError(
+            f"{type(variance).__name__} must give one number for every step, shape {tuple(steps.nu.shape)}; got "
+            f"{tuple(table.shape)}."
+        )
+    wrong = ~(table >= 0) & steps.nu.isfinite()
+    if bool(wrong.any()):
+        raise OptionError(
+            f"A variance must be >= 0; {type(variance).__name__} has {table[wrong][0]:g} for the step that starts at "
+            f"t = {steps.at.t[:-1][wrong][0]:g}."
+        )
+    return table
+
+
+def entries_of(
+    variance: EntryVariance, model: ScoreModel, steps: ReverseSteps
+) -> tuple[ScoreModel, Callable[[int, State], State]]:
+    """`variance.along(model, steps)`, whose V raises ShapeError for another shape, OptionError for V < 0."""
+    model, values = variance.along(model, steps)
+
+    def checked(i: int, x: State) -> State:
+        found = values(i, x)
+        if found.shape != x.shape:
+            raise ShapeError(
+                f"{type(variance).__name__} must give one number for every entry of the states, shape "
+                f"{tuple(x.shape)}; got {tuple(found.shape)}."
+            )
+        wrong = found < 0  # NaN is that of a state, and reported with it
+        if bool(wrong.any()):
+            raise OptionError(
+                f"A variance must be >= 0; {type(variance).__name__} has {int(wrong.sum())} of {wrong.numel()} entries "
+                f"below, such as {found[wrong][0]:g}, at t = {steps.at.t[i]:g}."
+            )
+        return found
+
+    return model, checked
+
+
+def checked_bounds(bounds: Sequence[float]) -> tuple[float, float]:
+    """`(a, b)` that the entries of data lie in, as floats.
+
+    Raises:
+        OptionError: they are not two numbers, the lower first.
+    """
+    try:
+        low, high = map(float, bounds)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not low < high:
+        raise OptionError(f"bounds are (a, b) with a < b; got {bounds!r}.")
+    return low, high
 
 
 VARIANCES: dict[str, ReverseVariance] = {"posterior": Posterior(), "beta": Beta()}

@@ -93,3 +93,15 @@ def fitted_order(errors, steps):
     x = -torch.tensor(steps, dtype=torch.float64).log()
     y = torch.tensor(errors, dtype=torch.float64).log()
     return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
+
+
+class Recording(torch.nn.Module):
+    """A network of x alone that notes, at every call, whether it is in training mode."""
+
+    def __init__(self, network, seen):
+        super().__init__()
+        self.network, self.seen = network, seen
+
+    def forward(self, x, t):
+        self.seen.append(self.network.training)
+        return self.network(x)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import NAMED, TwoFunctions, moment_error, name, scalar_target
+from helpers import NAMED, Recording, TwoFunctions, moment_error, name, scalar_target
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from variances import ANISOTROPIC, anisotropic, beyond, design, divergences, exact_estimate, gaussian_ratio
@@ -127,6 +127,18 @@ def test_a_condition_is_cut_with_the_rows():
         sd.ScoreModel(network, VP), data, [0.9, 0.2], condition=labels, seed=0, batch_size=4
     )
     assert all(abs(w) < 4 * e < 1 for w, e in zip(found.estimates, found.stderr, strict=True))
+
+
+def test_the_network_is_run_in_evaluation_mode_and_left_as_it_was():
+    """Dropout would add to the error, and the buffers of a batch norm would move."""
+    network = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.5)).double()
+    seen = []
+    model = sd.ScoreModel(Recording(network, seen), VP)
+    sd.AnalyticVariance.estimate(model, ANISOTROPIC.sample(8, 0), [0.9, 0.2], seed=0)
+    assert seen == [False, False]
+    assert network.training
+    assert network[1].training
+    assert torch.equal(network[0].running_mean, torch.zeros(2, dtype=F64))
 
 
 def test_states_of_any_shape_and_dtype_are_estimated_alike():
@@ -259,6 +271,44 @@ def test_its_tables_are_kept_and_it_survives_json():
     assert torch.equal(*draws)
 
 
+@pytest.mark.parametrize("sde", NAMED, ids=name)
+def test_a_float32_grid_of_the_whole_span_is_within_its_reach(sde):
+    known = sd.AnalyticVariance.estimate(scalar_target().model(sde), scalar_target().sample(50, 0), seed=0)
+    grid = torch.linspace(sde.t_max, sde.t_min, 9)
+    assert sd.sample(scalar_target().model(sde), (3, 1), solver=sd.DDPM(known), times=grid, seed=0).x.isfinite().all()
+    held = known.ratio_at(torch.tensor([known.log_snr[-1] + 0.009, known.log_snr[-1]], dtype=F64))
+    assert held[0] == held[1]
+    with pytest.raises(sd.TimeError, match="as far as the grid"):
+        known.ratio_at(torch.tensor([known.log_snr[0] - 0.011], dtype=F64))
+
+
+FLOW = sd.RectifiedFlow(t_max=1.0)
+
+
+def test_where_alpha_is_zero_the_variance_is_that_of_the_data():
+    """The step from noise is exact on Gaussian data; the default times stop where the next would be."""
+    target = sd.exact.Gaussian(torch.tensor([0.5, -1.0], dtype=F64), 0.3)
+    data, noise = design(target)
+    model = sd.ScoreModel(lambda x, t: target.model(FLOW).view("flow", t, x), FLOW, "flow")
+    inside = sd.AnalyticVariance.estimate(model, data, noise=noise(65))
+    assert inside.times[0] == pytest.approx(1 - 1e-3 * (1 - FLOW.t_min), abs=1e-12)
+    close(torch.tensor(inside.log_snr, dtype=F64).diff().diff(), torch.zeros(63, dtype=F64), rtol=0, atol=1e-9)
+    assert inside.spread == pytest.approx(0.3)
+    times = torch.tensor([1.0, 0.6, 0.2], dtype=F64)
+    steps = ReverseSteps.of(model.point(times))
+    at = steps.at[1:]
+    exact = target.variances[0] * at.alpha[0] ** 2 + at.sigma[0] ** 2
+    torch.testing.assert_close(inside.table(steps)[0], exact)
+    close(inside.data_variance(model.point(times[:1])), torch.tensor([0.3], dtype=F64))
+    for n in (3, 100):
+        assert sd.sample(model, (2, 2), solver=sd.DDPM(inside), steps=n, seed=0).x.isfinite().all()
+    again = sd.AnalyticVariance(**json.loads(json.dumps(dataclasses.asdict(inside))))
+    assert again == inside
+    assert hash(again) == hash(inside)
+    with pytest.raises(sd.TimeError, match="is asked at -inf"):
+        dataclasses.replace(inside, spread=None).data_variance(model.point(times))
+
+
 # What it gains
 
 
@@ -305,6 +355,11 @@ def test_no_isotropic_variance_has_a_higher_bound():
 # Bad input
 
 
+def table(**changes):
+    numbers = {"times": (0.9, 0.1), "log_snr": (-1.0, 1.0), "estimates": (0.5, 0.5), "stderr": (0.1, 0.1)}
+    return sd.AnalyticVariance(**numbers | changes)
+
+
 def estimate(data=None, times=None, **options):
     data = scalar_target().sample(4, 0) if data is None else data
     return sd.AnalyticVariance.estimate(scalar_target().model(VP), data, times, seed=0, **options)
@@ -314,6 +369,19 @@ def estimate(data=None, times=None, **options):
     ("error", "make", "message"),
     [
         (sd.OptionError, lambda: estimate(form="mean"), "Unknown form 'mean': write 'residual' or 'score'"),
+        (sd.OptionError, lambda: estimate(form=["score"]), r"Unknown form \['score'\]"),
+        (sd.OptionError, lambda: estimate(noise=sd.RowNoise(1)), "Give either seed=... or noise=..., not both"),
+        (
+            sd.OptionError,
+            lambda: sd.AnalyticVariance.estimate(lambda x, t: x, torch.zeros(2, 1)),
+            "An estimate needs a ScoreModel; got function",
+        ),
+        (sd.OptionError, lambda: estimate(bounds=1), r"bounds are \(a, b\) with a < b; got 1"),
+        (sd.OptionError, lambda: table(estimates=(math.nan, 0.5)), "must be finite; got .*nan"),
+        (sd.OptionError, lambda: table(stderr=(0.1, math.inf)), "must be finite; got .*inf"),
+        (sd.OptionError, lambda: table(log_snr=(-math.inf, 0.5)), "must be finite; got .*inf"),
+        (sd.OptionError, lambda: table(spread=math.nan), "must be finite; got .*nan"),
+        (sd.OptionError, lambda: table(form="nonsense"), "Unknown form 'nonsense': write 'residual' or 'score'"),
         (sd.OptionError, lambda: estimate(batch_size=0), "batch_size must be at least 1; got 0"),
         (sd.OptionError, lambda: estimate(bounds=(1, -1)), r"bounds are \(a, b\) with a < b; got \(1, -1\)"),
         (sd.OptionError, lambda: estimate(bounds=(0, 0.1)), r"outside bounds = \(0, 0\.1\): give bounds that hold it"),

@@ -565,10 +565,11 @@ def test_rows_do_not_depend_on_the_batch(function, variance):
         (sd.elbo, "In continuous time the variance is not a choice.*got variance='beta'", {"variance": "beta"}),
         (sd.elbo, "In continuous time the variance is not a choice", {"variance": Known()}),
         (sd.elbo, "whole number of steps >= 1, or None for continuous time; got 0", {"steps": 0}),
-        (sd.consistency_elbo, r"that of a discrete chain: give steps=\.\.\. or times=", {}),
+        (sd.consistency_elbo, r"that of a discrete chain: give steps=\.\.\..* or times=.*got steps=None", {}),
+        (sd.consistency_elbo, r"that of a discrete chain.* whole number of steps >= 1, .*got steps=0", {"steps": 0}),
         (sd.consistency_elbo, "Unknown variance 3 for consistency_elbo", {"steps": 2, "variance": 3}),
         (sd.consistency_elbo, "whole number of samples >= 1; got 0", {"steps": 2, "samples": 0}),
-        (sd.consistency_elbo, "whole number of steps >= 1.*got -1", {"steps": -1}),
+        (sd.consistency_elbo, "discrete chain.* whole number of steps >= 1.*got steps=-1", {"steps": -1}),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -589,21 +590,45 @@ class Negative(StepVariance):
         return torch.tensor([1.0, -0.25, 1.0], dtype=F64)
 
 
+@dataclass(frozen=True)
+class Widened(StepVariance):
+    """`V = nu^2 (1 + T^-power)`, the step to the data as the posterior's."""
+
+    power: float
+
+    def table(self, steps):
+        return steps.nu**2 * (1 + (len(steps.nu) - 1) ** -self.power)
+
+
+def test_only_variances_that_tend_to_the_posteriors_have_its_limit():
+    """The loss of bound falls with the steps for `V / nu^2 - 1 = 1 / T`, and grows as them for `V = 2 nu^2`."""
+    model, x = TARGET.model(sd.VP()), TARGET.sample(20, seed=0)
+
+    def loss(power, steps):
+        totals = [
+            sd.elbo(model, x, steps=steps, variance=v, samples=1, seed=0).total for v in ("posterior", Widened(power))
+        ]
+        return (totals[0] - totals[1]).mean().item()
+
+    assert abs(loss(1.0, 200)) < 0.5 * abs(loss(1.0, 50))
+    assert loss(0.0, 200) > 3.5 * loss(0.0, 50) > 0
+
+
 @pytest.mark.parametrize("function", [sd.elbo, sd.consistency_elbo])
 def test_a_variance_of_a_step_that_is_not_positive_is_refused(function):
-    message = r"variances > 0; .*Negative\(\) has -0\.25 for the step that starts at t = 0\.5"
+    message = r"must be >= 0; Negative has -0\.25 for the step that starts at t = 0\.5"
     with pytest.raises(sd.OptionError, match=message):
         function(mixture().model(sd.VP()), torch.zeros(3, 2, dtype=F64), times=[1.0, 0.5, 0.1], variance=Negative())
 
 
 @pytest.mark.parametrize("function", [sd.elbo, sd.consistency_elbo])
-def test_a_variance_of_entries_that_is_not_positive_names_time_and_rows(function):
+def test_a_variance_of_entries_that_is_not_a_number_names_time_and_rows(function):
     @dataclass(frozen=True)
     class Wrong(EntryVariance):
         def along(self, model, steps):
             return (
                 model,
-                lambda i, x: torch.where(torch.arange(len(x))[:, None] == 1, -1.0 if i == 1 else 1.0, 1.0) + 0 * x,
+                lambda i, x: torch.where(torch.arange(len(x))[:, None] == 1, math.nan if i == 1 else 1.0, 1.0) + 0 * x,
             )
 
     with pytest.raises(sd.DivergenceError, match=r"NaN or infinite at t = 0\.5, rows 1") as caught:

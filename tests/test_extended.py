@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import NAMED, BasisStream, name
+from helpers import NAMED, BasisStream, Recording, name
 from variances import beyond, divergences
 
 import sdediff as sd
@@ -237,11 +237,38 @@ def test_what_is_out_of_bounds_is_held_and_counted():
     [
         (lambda: sd.SquaredNoise(3), r"The network of SquaredNoise must be callable as network\(x, t\); got int"),
         (lambda: sd.NoiseResidual(torch.sin, bounds=(1, 0)), r"bounds are \(a, b\) with a < b; got \(1, 0\)"),
+        (lambda: sd.SquaredNoise(torch.sin, 3), r"bounds are \(a, b\) with a < b; got 3"),
+        (lambda: sd.SquaredNoise(torch.sin, (0, 1, 2)), r"bounds are \(a, b\) with a < b; got \(0, 1, 2\)"),
+        (lambda: sd.SquaredNoise(torch.sin, ("a", 2)), r"bounds are \(a, b\) with a < b; got \('a', 2\)"),
     ],
 )
 def test_bad_input_gets_a_sentence(make, message):
     with pytest.raises(sd.OptionError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", [sd.SquaredNoise, sd.NoiseResidual])
+def test_where_alpha_is_zero_the_variance_of_the_data_is_its_bound(kind):
+    flow = sd.RectifiedFlow(t_max=1.0)
+    model, x = sd.ScoreModel(lambda x, t: 0.3 * x, flow, "flow"), DIAGONAL.sample(3, 0)
+    steps = ReverseSteps.of(model.point(torch.tensor([1.0, 0.5], dtype=F64)))
+    for h in (0.0, 1.0):
+        stepping, variance = kind(lambda x, t, h=h: h + 0 * x, [-1, 3]).along(model, steps)
+        stepping.predict(1.0, x)
+        torch.testing.assert_close(variance(0, x), torch.full_like(x, 0.5**2 + 0.5**2 * 4))
+    with pytest.raises(sd.CapabilityError, match=rf"At t = 1 alpha is 0, .*give {kind.__name__} the bounds="):
+        sd.sample(model, (3, 2), solver=sd.DDPM(kind(lambda x, t: x)), steps=2)
+    assert hash(kind(torch.sin, [-1, 1])) == hash(kind(torch.sin, (-1.0, 1.0)))
+
+
+@pytest.mark.parametrize("kind", [sd.SquaredNoise, sd.NoiseResidual])
+def test_its_network_is_run_in_evaluation_mode_and_left_as_it_was(kind):
+    seen = []
+    network = Recording(torch.nn.Dropout(0.5), seen)
+    sd.sample(DIAGONAL.model(VP), (3, 2), solver=sd.DDPM(kind(network)), steps=2, seed=0)
+    assert seen == [False] * 2
+    assert network.training
+    assert network.network.training
 
 
 def test_a_network_of_another_shape_is_refused():

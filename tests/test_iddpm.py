@@ -300,6 +300,42 @@ def test_the_mean_is_trained_by_l_simple_alone_and_the_variance_by_l_vlb_alone()
     assert grads[0.3][1].abs().min() > 0
 
 
+@pytest.mark.parametrize("sde", [sd.RectifiedFlow(t_max=1.0), sd.CosineVP(t_max=1.0)], ids=name)
+@pytest.mark.parametrize("kind", ["v", "flow", "data"])
+def test_where_alpha_is_zero_the_loss_is_that_of_the_kernel_from_noise(sde, kind):
+    """L_simple is 0 there, as x is the noise; L_vlb is the divergence with x_s made of x_0 and new noise."""
+    target, chain = mixture(), torch.tensor([1.0, 0.5, 0.1], dtype=F64)
+    model = with_second(retold(sd.ScoreModel(lambda x, t: 0.3 * x, sde, "v"), kind), wavy)
+    x0 = target.sample(4, seed=0)
+    noise = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    t = torch.ones(4, dtype=F64)
+    assert sde.alpha(t[0]).abs() < 1e-15
+    alpha, sigma = sde.scales_at(chain[1])
+    xhat = model.denoised(t, noise)
+    variance = (2 * sigma.log() + (wavy(noise, t) + 1) / 2 * -2 * sigma.log()).exp()
+    kl = ((sigma**2 + alpha**2 * (x0 - xhat) ** 2) / variance + (variance / sigma**2).log() - 1).sum(1) / 2
+    for lam in (0.0, 0.1):
+        found = hybrid(model, x0, chain=chain, lam=lam, t=t, noise=noise)
+        torch.testing.assert_close(found, lam * 3 * kl / 2, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["noise", "v"])
+def test_a_learned_schedule_has_the_gradient_of_l_simple(kind):
+    sde = sd.LearnedVP()
+    torch.manual_seed(0)
+    model = sd.ScoreModel(sd.TwoHeads(lambda x, t: torch.cat([0.5 * x, torch.zeros_like(x)], 1)), sde, kind)
+    x0 = mixture().sample(16, seed=0)
+
+    def slope(lam, **options):
+        loss = hybrid(model, x0, lam=lam, generator=torch.Generator().manual_seed(1), **options).mean()
+        return torch.autograd.grad(loss, sde.ends)[0]
+
+    for options in ({}, {"chain": [1.0, 0.7, 0.4, 0.1]}):
+        assert slope(1.0, **options).isfinite().all()
+        assert slope(0.0, **options).abs().min() > 0
+        torch.testing.assert_close(slope(1.0, **options), slope(0.0, **options))
+
+
 def test_times_are_drawn_evenly_from_the_chain():
     seen = []
 
@@ -472,6 +508,27 @@ def test_bad_input_gets_a_sentence(kind, message, bad):
     arguments = {"x0": torch.zeros(2, 2, dtype=F64), "chain": [1.0, 0.5]} | bad
     with pytest.raises(kind, match=message):
         hybrid(model, **arguments)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.1])
+def test_it_is_a_variance_of_ddpm_alone(eta):
+    with pytest.raises(OptionError, match=rf"DDIM\({eta:g}\) has no LearnedVariance.*write DDPM\(LearnedVariance"):
+        sd.DDIM(eta, LEARNED)
+    model = with_second(mixture().model(sd.VP()), wavy)
+    runs = [sd.sample(model, (3, 2), solver=s, steps=3, seed=0).x for s in (sd.DDIM(1.0, LEARNED), sd.DDPM(LEARNED))]
+    assert torch.equal(*runs)
+
+
+def test_what_the_loss_is_not_made_for_is_refused():
+    x0 = torch.zeros(2, 2, dtype=F64)
+    with pytest.raises(OptionError, match="hybrid needs a ScoreModel, whose network is a TwoHeads; got function"):
+        hybrid(lambda x, t: x, x0)
+    flow = sd.RectifiedFlow(t_max=1.0)
+    for kind in ("noise", "score"):
+        model = with_second(sd.ScoreModel(lambda x, t: x, flow, kind), wavy)
+        with pytest.raises(CapabilityError, match=rf"At t = 1 alpha is 0, .*{kind}.* predicts 'v', .*give a chain="):
+            hybrid(model, x0)
+        assert hybrid(model, x0, chain=[0.9, 0.1]).isfinite().all()
 
 
 def test_a_network_without_a_second_output_is_refused():

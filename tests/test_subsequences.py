@@ -92,7 +92,9 @@ def test_costs_are_the_mean_divergences_of_gaussian_data(sde, variance):
         torch.testing.assert_close(costs.steps[i, j], divergence, rtol=1e-6, atol=1e-9)
         xhat = model.denoised(s, sde.perturb(s, data, eps))
         error = (data - xhat).square().mean()
-        decoder = -torch.distributions.Normal(xhat, error.sqrt()).log_prob(data).mean()
+        alpha, sigma = sde.scales_at(s)
+        std = {None: error.sqrt(), "posterior": sigma / alpha, "beta": sigma}[variance]
+        decoder = -torch.distributions.Normal(xhat, std).log_prob(data).mean()
         torch.testing.assert_close(costs.decoder[j], decoder, rtol=1e-6, atol=1e-9)
     assert costs.steps.isinf().sum() == 15
     assert known.form == "residual"
@@ -112,6 +114,26 @@ def test_closed_forms_of_the_best_and_the_posterior_variance():
     fixed = costs_of(TARGET, CHAIN, times, "posterior").steps
     torch.testing.assert_close(fixed[rows, columns], (gap * error[:, None] / 2)[rows, columns], rtol=1e-7, atol=1e-10)
     assert (fixed >= best - 1e-12)[rows, columns].all()
+
+
+@pytest.mark.parametrize("variance", ["analytic", "posterior", "beta"])
+def test_prior_and_total_are_minus_the_elbo_wherever_the_path_ends(variance):
+    """Within 4 standard errors of the rows."""
+    known = exact_estimate(TARGET, CHAIN, CHAIN.times)
+    kernels = known if variance == "analytic" else variance
+    costs = StepCosts.of(CHAIN, CHAIN.times, known, kernels)
+    x, model = TARGET.sample(4000, seed=0), TARGET.model(CHAIN)
+    for end in (39, 30, 15):
+        path = CHAIN.times[[0, 7, end]]
+        bound = sd.elbo(model, x, times=path, variance=kernels, samples=1, seed=0)
+        off = (-bound.total - bound.prior) / x[0].numel() - costs.total(path)
+        assert abs(off.mean()) < 4 * off.std() / len(x) ** 0.5
+
+
+def test_times_of_the_chain_may_be_float32():
+    costs = costs_of(TARGET, CHAIN, CHAIN.times)
+    path = CHAIN.times[[0, 9, 22, 39]]
+    assert costs.total(path.float()) == costs.total(path)
 
 
 def test_on_isotropic_gaussian_data_the_total_is_the_negative_elbo_and_all_paths_cost_the_same():

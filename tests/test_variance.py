@@ -1,5 +1,6 @@
 """Variances of reverse kernels: the fixed choices, the law of total variance, and samplers that take any of them."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -162,3 +163,73 @@ def test_a_sampler_that_adds_noise_is_not_followed_back():
 def test_what_is_no_variance_is_refused(make, message):
     with pytest.raises(sd.OptionError, match=message):
         make()
+
+
+class Entries(EntryVariance):
+    """What a function of the states says, whatever its shape and sign."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def along(self, model, steps):
+        return model, lambda i, x: self.values(x)
+
+
+class Steps(StepVariance):
+    """Likewise for steps."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def table(self, steps):
+        return self.values(steps.nu)
+
+
+def below_in_one(x):
+    return torch.cat([torch.full_like(x[:1], -0.5), torch.ones_like(x[1:])])
+
+
+def sampled(model, x, variance):
+    return sd.sample(model, x.shape, solver=sd.DDPM(variance), steps=3, seed=0, dtype=x.dtype)
+
+
+def bounded(model, x, variance):
+    return sd.elbo(model, x, steps=3, samples=1, seed=0, variance=variance)
+
+
+def bounded_along_paths(model, x, variance):
+    return sd.consistency_elbo(model, x, steps=3, samples=1, seed=0, variance=variance)
+
+
+@pytest.mark.parametrize("use", [sampled, bounded, bounded_along_paths])
+@pytest.mark.parametrize(
+    ("variance", "error", "message"),
+    [
+        (Entries(lambda x: torch.ones(2)), sd.ShapeError, r"Entries .* every entry .*\(4, 2\); got \(2,\)"),
+        (Entries(lambda x: torch.ones(len(x), 1)), sd.ShapeError, r"Entries must .*\(4, 2\); got \(4, 1\)"),
+        (Entries(below_in_one), sd.OptionError, r">= 0; Entries has 2 of 8 entries below, such as -0\.5, at t = "),
+        (Steps(lambda nu: torch.ones(1)), sd.ShapeError, r"Steps must give one number for every step, .*; got \(1,\)"),
+        (Steps(lambda nu: nu - 10), sd.OptionError, r">= 0; Steps has -9\..* for the step that starts at t = 1"),
+        (Steps(lambda nu: nu * math.nan), sd.OptionError, r">= 0; Steps has nan for the step that starts at t = 1"),
+    ],
+    ids=["event", "column", "negative entries", "one number", "negative steps", "nan"],
+)
+def test_a_variance_of_another_shape_or_sign_is_named(use, variance, error, message):
+    target = sd.exact.Gaussian(torch.zeros(2, dtype=F64), 0.5)
+    with pytest.raises(error, match=message):
+        use(target.model(sd.VP()), target.sample(4, 0), variance)
+
+
+@pytest.mark.parametrize("bound", [sd.elbo, sd.consistency_elbo])
+def test_a_bound_with_a_variance_of_zero_names_the_variance_and_not_the_model(bound):
+    target = sd.exact.Gaussian(torch.zeros(2, dtype=F64), 0.5)
+    variance = sd.SquaredNoise(lambda x, t: torch.zeros_like(x))
+    with pytest.raises(sd.OptionError, match=r"SquaredNoise has 0 for 8 of 8 entries at t = 1e-05\. Give .* softplus"):
+        bound(target.model(sd.VP()), target.sample(4, 0), steps=3, samples=1, seed=0, variance=variance)
+
+
+@pytest.mark.parametrize("variance", [["beta"], 0.5, None, {}])
+def test_what_is_no_variance_is_refused_whatever_it_is(variance):
+    target = sd.exact.Gaussian(torch.zeros(2, dtype=F64), 0.5)
+    with pytest.raises(sd.OptionError, match=r"Unknown variance .* for elbo: write 'posterior' or 'beta'"):
+        sd.elbo(target.model(sd.VP()), target.sample(4, 0), steps=3, variance=variance)
