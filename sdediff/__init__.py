@@ -62,7 +62,6 @@ from sdediff.exponential import UniPC as UniPC
 from sdediff.extended import NoiseResidual as NoiseResidual
 from sdediff.extended import SquaredNoise as SquaredNoise
 from sdediff.iddpm import LearnedVariance as LearnedVariance
-from sdediff.iddpm import TwoHeads as TwoHeads
 from sdediff.langevin import AnnealedLangevin as AnnealedLangevin
 from sdediff.langevin import Corrector as Corrector
 from sdediff.langevin import Langevin as Langevin
@@ -77,6 +76,7 @@ from sdediff.mcmc import Chain as Chain
 from sdediff.mcmc import mala as mala
 from sdediff.mcmc import ula as ula
 from sdediff.model import ScoreModel as ScoreModel
+from sdediff.networks import TwoHeads as TwoHeads
 from sdediff.noise import Antithetic as Antithetic
 from sdediff.noise import BrownianPath as BrownianPath
 from sdediff.noise import Noise as Noise

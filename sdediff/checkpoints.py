@@ -129,7 +129,8 @@ def _describe_network(network: nn.Module) -> dict[str, Any] | None:
     if getattr(networks, kind, None) is not type(network) or not isinstance(config, dict):
         return None
     inner = {name: _describe_network(value) for name, value in config.items() if isinstance(value, nn.Module)}
-    return None if None in inner.values() else {"kind": kind, "config": config | inner}
+    foreign = any(callable(value) and not isinstance(value, nn.Module) for value in config.values())
+    return None if foreign or None in inner.values() else {"kind": kind, "config": config | inner}
 
 
 def _rebuild(module: Any, what: str, described: Any, path: Path, base: type) -> Any:

@@ -24,62 +24,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdediff.errors import CapabilityError, OptionError, ShapeError, TimeError
 from sdediff.grids import uniform
 from sdediff.linear import LinearSDE
 from sdediff.model import PREDICTIONS, ScoreModel
+from sdediff.networks import HEARD
 from sdediff.processes import DiscreteVP
 from sdediff.sde import SLACK, check_grid
 from sdediff.shapes import Grid, PerRow, State, as_time, check_state, over, sum_rows
 from sdediff.variance import EntryVariance, ReverseSteps
 
 _STEPS = 1000
-
-
-class TwoHeads(nn.Module):
-    """A network of 2 C channels on axis 1 as one of C: the first half is its prediction, the second sets the variance.
-
-    Args:
-        network: `network(x, t)` or `network(x, t, condition)`, from `(batch, C, *rest)` to `(batch, 2 C, *rest)`, such
-            as `MLP(event, heads=2)`.
-    """
-
-    def __init__(self, network: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.network = network
-        self.keeps_time = getattr(network, "keeps_time", False)
-
-    def forward(self, x: State, t: Tensor, *condition: Any) -> State:
-        """The prediction, shaped as x.
-
-        Raises:
-            ShapeError: the network's output has not twice the channels of x.
-        """
-        output = self.network(x, t, *condition)
-        if x.ndim < 2:
-            raise ShapeError(f"TwoHeads stacks its outputs on axis 1, which events of shape () lack; got {x.shape}.")
-        needed = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
-        if not isinstance(output, Tensor) or tuple(output.shape) != needed:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ShapeError(
-                f"TwoHeads needs a network with two outputs stacked on axis 1, prediction and variance: {needed} for x "
-                f"of shape {tuple(x.shape)}; it returned {got}."
-            )
-        prediction, variance = output.chunk(2, dim=1)
-        heard = _HEARD.get()
-        if heard is not None:
-            heard.append(variance)
-        return prediction
-
-
-_HEARD: ContextVar[list[State] | None] = ContextVar("variance outputs of the call that is being made", default=None)
 
 
 class _Listening:
@@ -92,11 +53,11 @@ class _Listening:
 
     def __call__(self, x: State, t: Tensor, *condition: Any) -> State:
         self._heard = []
-        token = _HEARD.set(self._heard)
+        token = HEARD.set(self._heard)
         try:
             return self.network(x, t, *condition)
         finally:
-            _HEARD.reset(token)
+            HEARD.reset(token)
 
     def second(self, x: State) -> State:
         """The second output of the last call, for states x, in their dtype."""

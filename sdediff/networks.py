@@ -2,6 +2,7 @@ r"""Small networks for vectors: residual perceptrons, one that sees the time in 
 
 Images want a U-Net: `UNet` wraps the one of diffusers (extra `diffusers`). Any callable `network(x, t)` serves as well.
 `FourierFeatures` shows any of them the fine detail of its input, which tells neighbouring codes of discrete data apart.
+`TwoHeads` splits the output of one with twice the channels into a prediction and a variance (`sdediff.iddpm`).
 
 References: Tancik et al. 2020 (arXiv:2006.10739), Fourier features; Kingma et al. 2021 (arXiv:2107.00630), of the
 input; Peebles and Xie 2023 (arXiv:2212.09748), residual blocks with adaptive normalisation that start as the identity.
@@ -10,7 +11,8 @@ input; Peebles and Xie 2023 (arXiv:2212.09748), residual blocks with adaptive no
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -203,3 +205,44 @@ class FourierFeatures(nn.Module):
             )
         waves = [wave(math.pi * f * x) for f in self.frequencies for wave in (torch.sin, torch.cos)]
         return self.network(torch.cat([x, *waves], dim=1), t, *condition)[:, : x.shape[1]]
+
+
+HEARD: ContextVar[list[State] | None] = ContextVar("variance outputs of the call that is being made", default=None)
+"""Where a `TwoHeads` that is called leaves its second output, if somebody listens; of this thread alone."""
+
+
+class TwoHeads(nn.Module):
+    """A network of 2 C channels on axis 1 as one of C: the first half is its prediction, the second sets the variance.
+
+    Args:
+        network: `network(x, t)` or `network(x, t, condition)`, from `(batch, C, *rest)` to `(batch, 2 C, *rest)`, such
+            as `MLP(event, heads=2)`.
+    """
+
+    def __init__(self, network: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.config = {"network": network}
+        self.network = network
+        self.keeps_time = getattr(network, "keeps_time", False)
+
+    def forward(self, x: State, t: Tensor, *condition: Any) -> State:
+        """The prediction, shaped as x.
+
+        Raises:
+            ShapeError: the network's output has not twice the channels of x.
+        """
+        output = self.network(x, t, *condition)
+        if x.ndim < 2:
+            raise ShapeError(f"TwoHeads stacks its outputs on axis 1, which events of shape () lack; got {x.shape}.")
+        needed = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+        if not isinstance(output, Tensor) or tuple(output.shape) != needed:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ShapeError(
+                f"TwoHeads needs a network with two outputs stacked on axis 1, prediction and variance: {needed} for x "
+                f"of shape {tuple(x.shape)}; it returned {got}."
+            )
+        prediction, variance = output.chunk(2, dim=1)
+        heard = HEARD.get()
+        if heard is not None:
+            heard.append(variance)
+        return prediction

@@ -1216,6 +1216,8 @@ MUTANTS = [
     *_of(
         "networks",
         "iddpm",
+        ("prediction, variance = output.chunk(2, dim=1)", "variance, prediction = output.chunk(2, dim=1)"),
+        ('self.config = {"network": network}', "pass"),
         (
             "(len(x), self.heads * self.event[0], *self.event[1:])",
             "(len(x), *self.event[:-1], self.heads * self.event[-1])",
@@ -1616,12 +1618,11 @@ MUTANTS = [
     *_of(
         "iddpm",
         "iddpm",
-        ("prediction, variance = output.chunk(2, dim=1)", "variance, prediction = output.chunk(2, dim=1)"),
         ("high = 2 * steps.at.sigma[:-1].log()", "high = 2 * steps.at.sigma[1:].log()"),
         ("torch.cat([high[:1], low[:-1]])", "torch.cat([low[1:], high[:1]])"),
         ("v = (network.second(x) + 1) / 2", "v = network.second(x)"),
         ("v * high[i] + (1 - v) * low[i]", "v * low[i] + (1 - v) * high[i]"),
-        ("_HEARD.reset(token)", "pass"),
+        ("HEARD.reset(token)", "pass"),
         ("return replace(model, network=network), variance", "return model, variance"),
         ("self._heard[0].to(x.dtype)", "self._heard[0].double()"),
         ("if len(self._heard) != 1 or", "if len(self._heard) > 1 or"),

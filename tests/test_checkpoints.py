@@ -434,3 +434,10 @@ def test_a_run_resumed_with_another_optimizer_is_refused(tmp_path):
 
 def test_a_loaded_network_is_in_evaluation_mode(tmp_path):
     assert not sd.load(saved(tmp_path)).network.training
+
+
+def test_a_network_around_a_function_is_one_of_the_users_own(tmp_path):
+    model = ScoreModel(sd.TwoHeads(lambda x, t: torch.cat([x, x], 1)), sd.VP())
+    sd.save(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"saved with a network of your own: pass load\(path, network=\.\.\.\)"):
+        sd.load(tmp_path)
