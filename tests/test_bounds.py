@@ -492,3 +492,15 @@ def test_an_error_that_is_not_finite_names_time_and_rows():
         sd.sde_bound(model, x, seed=0, batch_size=3)
     assert caught.value.rows == [1]
     assert 0 < caught.value.time < 1
+
+
+def test_a_row_is_named_by_its_place_in_the_batch_whatever_the_chunks():
+    def network(x, t):
+        return torch.where(x[:, :1].abs() > 1e6, torch.nan, x)
+
+    x = torch.zeros(6, 2, dtype=torch.float64)
+    x[4] = 1e12
+    model = sd.ScoreModel(network, sd.VP(), "v")
+    for batch_size in (None, 2, 3):
+        with pytest.raises(DivergenceError, match=r"rows 4\."):
+            sd.elbo(model, x, steps=2, seed=0, batch_size=batch_size)
