@@ -504,3 +504,16 @@ def test_a_row_is_named_by_its_place_in_the_batch_whatever_the_chunks():
     for batch_size in (None, 2, 3):
         with pytest.raises(DivergenceError, match=r"rows 4\."):
             sd.elbo(model, x, steps=2, seed=0, batch_size=batch_size)
+
+
+def test_the_bound_of_the_reverse_sde_counts_what_is_seen_of_the_state_at_the_noise_end():
+    """An early noise end, where alpha is not small: the kernel that starts from states at t_min, not from data."""
+    sde = sd.VP(t_max=0.4)
+    target = sd.exact.Gaussian(torch.tensor([1.5], dtype=F64), 0.3)
+    start, prior = target.marginal(sde, 0.2), target.marginal(sde, 0.4)
+    x = start.sample(2000, seed=1)
+    bound = sd.sde_bound(target.model(sde), x, t_min=0.2, prior=prior, samples=16, seed=0)
+    off = (bound.value - start.log_prob(x)).mean()
+    error = bound.stderr.square().sum().sqrt() / len(x)
+    assert error < 0.01
+    assert off.abs() < 4 * error + 1e-4
