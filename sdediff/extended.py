@@ -33,9 +33,10 @@ from torch import Tensor
 
 from sdediff.errors import CapabilityError, OptionError, ShapeError
 from sdediff.model import Point, ScoreModel, evaluating
-from sdediff.shapes import PerRow, State, Time, as_time, check_state, per_row, sum_rows
-from sdediff.times import Even, Law
+from sdediff.shapes import PerRow, State, Time, sum_rows
+from sdediff.times import Law
 from sdediff.variance import EntryVariance, ReverseSteps, checked_bounds
+from sdediff.weightings import NoiseLevels
 
 Network = Callable[..., Tensor]
 
@@ -58,14 +59,16 @@ def squared_noise(
         model: whose SDE and clock (`time=`) it shares; its own network is not called.
         x0: clean data `(batch, *event)`.
         t: times `()` or `(batch,)`; drawn if None.
-        times: the law they are drawn from; even over the span of the SDE if None. See `sdediff.times`.
+        times: the law they are drawn from; even over the span of the SDE, or over its chain for a network that counts
+            steps, if None. See `sdediff.times`.
         noise: standard normal, shaped as x0; drawn if None.
         condition: passed to the network.
         generator: of t and noise, on the CPU.
     """
-    clock, noise, xt = _noised(model, x0, t, times, noise, generator)
-    h = _beside(model, network).predict(clock, xt, condition=condition)
-    return sum_rows((h - noise**2) ** 2) / x0[0].numel()
+    levels = NoiseLevels.draw(model, x0, weighting="simple", t=t, times=times, noise=noise, generator=generator)
+    xt = model.linear.perturb(levels.t, x0, levels.noise)
+    h = _beside(model, network).predict(levels.t, xt, condition=condition)
+    return levels.shared(sum_rows((h - levels.noise**2) ** 2) / x0[0].numel())
 
 
 def noise_residual(
@@ -83,29 +86,12 @@ def noise_residual(
 
     The model gives epshat; no gradient reaches it.
     """
-    clock, noise, xt = _noised(model, x0, t, times, noise, generator)
+    levels = NoiseLevels.draw(model, x0, weighting="simple", t=t, times=times, noise=noise, generator=generator)
+    xt = model.linear.perturb(levels.t, x0, levels.noise)
     with torch.no_grad():
-        target = (noise - model.noise(clock, xt, condition=condition)) ** 2
-    h = _beside(model, network).predict(clock, xt, condition=condition)
-    return sum_rows((h - target) ** 2) / x0[0].numel()
-
-
-def _noised(
-    model: ScoreModel,
-    x0: State,
-    t: Time | None,
-    times: Law | None,
-    noise: State | None,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, State, State]:
-    check_state(x0, "x0")
-    sde = model.linear
-    if t is None:
-        t, _ = (Even() if times is None else times).draw(sde, len(x0), generator=generator)
-    if noise is None:
-        noise = torch.randn(x0.shape, dtype=x0.dtype, generator=generator).to(x0.device)
-    clock = per_row(as_time(t), x0)
-    return clock, noise, sde.perturb(clock, x0, noise)
+        target = (levels.noise - model.noise(levels.t, xt, condition=condition)) ** 2
+    h = _beside(model, network).predict(levels.t, xt, condition=condition)
+    return levels.shared(sum_rows((h - target) ** 2) / x0[0].numel())
 
 
 def _beside(model: ScoreModel, network: Network) -> ScoreModel:

@@ -28,7 +28,7 @@ from sdediff.score_matching import energy_difference as energy_difference
 from sdediff.score_matching import finite_difference as finite_difference
 from sdediff.score_matching import implicit as implicit
 from sdediff.score_matching import sliced as sliced
-from sdediff.shapes import PerRow, State, check_state, over, sum_rows
+from sdediff.shapes import PerRow, State, over, sum_rows
 from sdediff.times import Law
 from sdediff.weightings import WEIGHTINGS as WEIGHTINGS
 from sdediff.weightings import NoiseLevels
@@ -63,7 +63,6 @@ def denoising(
         CapabilityError: "vlb" with a law that has no steps.
         TimeError: the weight is infinite at a time, or the time is not in the span or not one of the law's.
     """
-    check_state(x0, "x0")
     levels = NoiseLevels.draw(model, x0, weighting=weighting, t=t, times=times, noise=noise, generator=generator)
     sde, clock, noise = model.linear, levels.t, levels.noise
     xt = sde.perturb(clock, x0, noise)

@@ -44,7 +44,7 @@ from torch import Tensor
 from sdediff.errors import OptionError, ShapeError, TimeError
 from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
-from sdediff.shapes import Grid, PerRow, State, as_float64, as_time
+from sdediff.shapes import Grid, PerRow, State, as_float64, as_time, check_state
 from sdediff.times import Even, Law, Levels, LogNormal, LogSNR, Steps, check_law
 
 _EVEN = Even()
@@ -138,6 +138,7 @@ class NoiseLevels:
         """Draw what is not given; the arguments are those of `losses.denoising`."""
         if weighting not in WEIGHTINGS:
             raise OptionError(f"Unknown weighting {weighting!r}: write one of {', '.join(map(repr, WEIGHTINGS))}.")
+        check_state(x0, "x0")
         if len(x0) == 0:
             raise ShapeError(f"A loss needs at least one row; got data of shape {tuple(x0.shape)}.")
         chosen = WEIGHTINGS[weighting]

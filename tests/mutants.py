@@ -1082,9 +1082,9 @@ MUTANTS = [
     ),
     *_of(
         "extended",
-        "extended",
-        ("sum_rows((h - noise**2) ** 2)", "sum_rows((h - noise) ** 2)"),
-        ("target = (noise - model.noise(", "target = (noise + model.noise("),
+        "extended discrete",
+        ("sum_rows((h - levels.noise**2) ** 2)", "sum_rows((h - levels.noise) ** 2)"),
+        ("target = (levels.noise - model.noise(", "target = (levels.noise + model.noise("),
         ("    with torch.no_grad():\n        target", "    with torch.enable_grad():\n        target"),
         ("ratio = ((at.sigma / at.alpha) ** 2).tolist()", "ratio = (at.sigma / at.alpha).tolist()"),
         ("(steps.gain**2).tolist()", "steps.gain.tolist()"),
@@ -1093,7 +1093,8 @@ MUTANTS = [
         ("return nu[i] + gain[i] * held", "return nu[i] + gain[i] * found"),
         ("return h(i, x) - (", "return h(i, x) + ("),
         ("from_x[i] * x + from_output[i] * output", "output"),
-        ("(Even() if times is None else times).draw", "Even().draw"),
+        ("return levels.shared(sum_rows((h - levels", "return (sum_rows((h - levels"),
+        ("return levels.shared(sum_rows((h - target)", "return (sum_rows((h - target)"),
         ('replace(model, network=network, prediction="noise")', "ScoreModel(network, model.sde)"),
     ),
     *_of(

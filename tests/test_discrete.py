@@ -275,3 +275,23 @@ def test_a_counting_network_is_loaded_with_its_clock(tmp_path, clock):
     again = sd.load(tmp_path, network=Counting(20))
     assert again.time(chain.times).tolist() == [19, 9, 5, 0]
     assert again.time.__name__ == clock
+
+
+@pytest.mark.parametrize("loss", [sd.losses.squared_noise, sd.losses.noise_residual])
+def test_variance_networks_of_a_counting_model_see_the_steps_of_its_chain(loss):
+    chain = sd.DiscreteVP.linear_betas(20, 1e-3, 0.3)
+    model, beside = sd.ScoreModel(Counting(20), chain, time=chain.timestep), Counting(20)
+    assert loss(beside, model, torch.randn(4000, 2)).isfinite().all()
+    assert (torch.bincount(torch.cat(beside.seen), minlength=20) - 200).abs().max() <= 1
+
+
+@pytest.mark.parametrize("loss", [sd.losses.squared_noise, sd.losses.noise_residual])
+def test_the_law_of_times_leaves_the_mean_of_a_variance_loss_as_it_is(loss):
+    model = sd.exact.Gaussian(torch.zeros(1, dtype=torch.float64), 0.3).model(sd.VP(t_min=0.01))
+    x0 = torch.randn(40_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    draws = [
+        loss(lambda x, t: x, model, x0, times=law, generator=torch.Generator().manual_seed(1))
+        for law in (sd.times.Even(), sd.times.LogSNR(numbers="independent"))
+    ]
+    off = draws[0].mean() - draws[1].mean()
+    assert off.abs() < 4 * sum(d.var() / len(d) for d in draws).sqrt()

@@ -131,7 +131,7 @@ def test_drawn_times_cover_the_span_and_conditions_and_clocks_reach_the_network(
     assert seen[0][0].tolist() == [5.0] * 4
     with pytest.raises(sd.ShapeError, match="x0 must have a floating-point dtype"):
         sd.losses.squared_noise(network, model, labels[:, None])
-    with pytest.raises(sd.ShapeError, match=r"does not fit a state"):
+    with pytest.raises(sd.ShapeError, match=r"t must have one time per row, shape \(4,\); got \(3,\)"):
         sd.losses.squared_noise(network, model, torch.zeros(4, 2), t=torch.zeros(3))
 
 
