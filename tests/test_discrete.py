@@ -290,7 +290,7 @@ def test_the_law_of_times_leaves_the_mean_of_a_variance_loss_as_it_is(loss):
     model = sd.exact.Gaussian(torch.zeros(1, dtype=torch.float64), 0.3).model(sd.VP(t_min=0.01))
     x0 = torch.randn(40_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     draws = [
-        loss(lambda x, t: x, model, x0, times=law, generator=torch.Generator().manual_seed(1))
+        loss(lambda x, t: 6 * t[:, None], model, x0, times=law, generator=torch.Generator().manual_seed(1))
         for law in (sd.times.Even(), sd.times.LogSNR(numbers="independent"))
     ]
     off = draws[0].mean() - draws[1].mean()
