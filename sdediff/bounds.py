@@ -67,6 +67,7 @@ from sdediff.model import ScoreModel
 from sdediff.noise import Noise
 from sdediff.noised import LOG_2PI, Rows, Task, Values, clock_at, grid_of, integral_of, scale_of
 from sdediff.priors import Prior
+from sdediff.runs import check_density
 from sdediff.shapes import Grid, PerRow, State
 from sdediff.terms import along_paths, by_entry, by_step, variances_of
 from sdediff.variance import VARIANCES, Posterior, ReverseSteps, ReverseVariance, StepVariance, variance_of
@@ -351,9 +352,10 @@ def denoising_log_prob(
         t_min, samples, prior, scale, seed, noise, condition, batch_size: as in `elbo`, in continuous time.
 
     Raises:
-        OptionError, ShapeError, TimeError, CapabilityError, DivergenceError: as `elbo`.
+        OptionError, ShapeError, TimeError, CapabilityError, DivergenceError: as `elbo`; the model has no density.
     """
     scale = scale_of(model, scale)
+    check_density(model)
     grid = grid_of(model, None, None, t_min, scale)
     task = Task.of(model, x, grid, samples, prior, scale, seed, noise, even=True, ends=True)
     ends = clock_at(task.sde, grid, scale)

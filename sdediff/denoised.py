@@ -11,55 +11,32 @@ A clamped model is no longer the score of any density, and its likelihood means 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdediff.errors import OptionError
 from sdediff.model import ScoreModel
-from sdediff.shapes import State, as_time, over
+from sdediff.shapes import State, over
+from sdediff.wrapped import Wrapped
 
 
 @dataclass(frozen=True, eq=False)
-class Wrapped:
-    """A network made of a model: `change` of its denoised data."""
+class _Mapped(Wrapped):
+    """`change` of the model's denoised data."""
 
-    model: ScoreModel
     change: Callable[[State], State]
-    keeps_time: ClassVar[bool] = True
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The dtype of samples, where the model's network names one."""
-        return getattr(self.model.network, "dtype", None)
 
     def __call__(self, x: State, t: Tensor, condition: Any = None) -> State:
         return self.change(self.model.denoised(t, x, condition=condition))
 
-    def modules(self) -> Iterator[torch.nn.Module]:
-        """The modules of the model's network, for those who set their mode."""
-        modules = getattr(self.model.network, "modules", None)
-        return iter(()) if modules is None else modules()
-
-    def parameters(self) -> Iterator[Tensor]:
-        """Likewise its parameters."""
-        parameters = getattr(self.model.network, "parameters", None)
-        return iter(()) if parameters is None else parameters()
-
 
 def map_denoised(model: ScoreModel, change: Callable[[State], State]) -> ScoreModel:
     """The model with `change(E[x_0 | x])`, `(batch, *event)` to the same shape, in place of its denoised data."""
-    return ScoreModel(
-        Wrapped(model, change),
-        model.linear,
-        "data",
-        time=as_time,
-        sigma_data=model.sigma_data,
-        condition=model.condition,
-    )
+    return model.wrapped(_Mapped(model, change), "data")
 
 
 def clamp_denoised(model: ScoreModel, low: float = -1.0, high: float = 1.0) -> ScoreModel:

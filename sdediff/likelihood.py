@@ -49,6 +49,7 @@ from sdediff.runs import (
     Counter,
     bound_rows,
     check_arguments,
+    check_density,
     chunks_of,
     density_grid,
     evaluating,
@@ -176,11 +177,12 @@ def log_prob(
         condition, batch_size: as in `sample`.
 
     Raises:
-        CapabilityError: the solver cannot integrate this process, or the SDE has no prior.
+        CapabilityError: the solver cannot integrate this process, the SDE has no prior, or the model no density.
         DivergenceError: a row diverged, or ran out of network calls.
         OptionError, ShapeError, TimeError: an argument does not fit.
     """
     check_arguments(model, AdaptiveRungeKutta() if solver is None else solver)
+    check_density(model)
     check_state(x)
     if x.shape[0] == 0:
         raise ShapeError("log_prob needs at least one row; got x with 0 rows.")

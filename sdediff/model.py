@@ -38,6 +38,7 @@ from sdediff.errors import CapabilityError, OptionError, SDEError, ShapeError
 from sdediff.linear import LinearSDE, as_linear
 from sdediff.sde import SDE
 from sdediff.shapes import Grid, State, Time, as_time, check_state, over, per_row
+from sdediff.wrapped import HoldsRows, Wrapped
 
 Combination = tuple[Tensor, Tensor]
 """`(m, n)` of `m E[x_0 | x] + n E[eps | x]`, float64, `()` or `(batch,)` or a grid."""
@@ -168,6 +169,8 @@ class ScoreModel:
     @property
     def known_times(self) -> Grid | None:
         """The only times that the network knows, falling, if it counts the steps of a chain; None if it takes any."""
+        if isinstance(self.network, Wrapped):
+            return self.network.known_times
         chain = None if self._linear is None or self.time is None else self._linear.chain_times
         if chain is None or self.time is None or self.time(chain[:1]).is_floating_point():
             return None
@@ -179,7 +182,21 @@ class ScoreModel:
 
     def rows(self, index: slice | Tensor, batch: int) -> ScoreModel:
         """This model for some rows of a batch: tensors of the condition with one entry per row are cut to them."""
+        if isinstance(self.network, HoldsRows):
+            network = self.network.rows(index, batch)
+            return replace(self, network=network, condition=rows_of(self.condition, index, batch))
         return self if self.condition is None else self.given(rows_of(self.condition, index, batch))
+
+    def wrapped(self, network: Wrapped, prediction: str) -> ScoreModel:
+        """A model of the same process and condition whose network is made of this one."""
+        return ScoreModel(
+            network, self.sde, prediction, time=as_time, sigma_data=self.sigma_data, condition=self.condition
+        )
+
+    @property
+    def no_density(self) -> str | None:
+        """Why a wrapped model is not the score of the noised data of any density; None if it may be."""
+        return self.network.no_density if isinstance(self.network, Wrapped) else None
 
     # The four views.
 

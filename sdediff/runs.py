@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from sdediff.embedded import AdaptiveRungeKutta
-from sdediff.errors import OptionError
+from sdediff.errors import CapabilityError, OptionError
 from sdediff.exponential import Exponential, Points, deviation_of, split_for
-from sdediff.model import ScoreModel, rows_of
+from sdediff.model import ScoreModel
 from sdediff.model import evaluating as evaluating
 from sdediff.noise import NoiseStream
 from sdediff.runge_kutta import RungeKutta
 from sdediff.sde import SDE, SLACK, check_grid
 from sdediff.shapes import Grid, State, as_time, check_state, finite_or_raise
 from sdediff.solvers import Solver
+from sdediff.wrapped import HoldsRows, evaluations
 
 
 def chunks_of(batch: int, batch_size: int | None) -> list[slice]:
@@ -31,17 +32,28 @@ def chunks_of(batch: int, batch_size: int | None) -> list[slice]:
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
 
 
-class Counter:
-    """A network that counts its calls."""
+class Counter(HoldsRows):
+    """A network that counts its evaluations, also those of its parts for some rows of a batch."""
 
-    def __init__(self, network: Callable[..., Tensor]) -> None:
+    def __init__(self, network: Callable[..., Tensor], whole: Counter | None = None) -> None:
         self.network = network
         self.keeps_time = getattr(network, "keeps_time", False)
         self.calls = 0
+        self._whole = whole
 
     def __call__(self, *args: Any) -> Tensor:
-        self.calls += 1
+        self._count(evaluations(self.network, args[1]))
         return self.network(*args)
+
+    def _count(self, calls: int) -> None:
+        self.calls += calls
+        if self._whole is not None:
+            self._whole._count(calls)
+
+    def rows(self, index: slice | Tensor, batch: int) -> Counter:
+        if not isinstance(self.network, HoldsRows):
+            return self
+        return Counter(self.network.rows(index, batch), self)
 
 
 def counted(model: ScoreModel) -> tuple[ScoreModel, Counter]:
@@ -61,6 +73,12 @@ def check_arguments(model: object, solver: object) -> None:
         raise OptionError(f"The first argument must be a ScoreModel; got {type(model).__name__}.")
     if not isinstance(solver, Solver):
         raise OptionError(f"solver must be a Solver such as Exponential(), DDIM() or TorchDiffEq(); got {solver!r}.")
+
+
+def check_density(model: ScoreModel) -> None:
+    """Refuse a model that is the score of no density."""
+    if model.no_density is not None:
+        raise CapabilityError(f"This model has no log-density: {model.no_density}")
 
 
 def grid_for(
@@ -140,8 +158,7 @@ def starts_at_prior(model: ScoreModel, t: Tensor) -> bool:
 def bound_rows(model: ScoreModel, condition: Any, rows: slice, batch: int) -> tuple[ScoreModel, Counter]:
     """The model for some rows of a batch: counting its calls, with its condition cut to them."""
     bound, counter = counted(model)
-    condition = model.condition if condition is None else condition
-    return (bound if condition is None else bound.given(rows_of(condition, rows, batch))), counter
+    return (bound if condition is None else bound.given(condition)).rows(rows, batch), counter
 
 
 def explain(

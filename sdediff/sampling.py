@@ -29,6 +29,7 @@ from sdediff.runs import (
     Counter,
     bound_rows,
     check_arguments,
+    check_density,
     chunks_of,
     default_solver,
     density_grid,
@@ -234,6 +235,7 @@ def _check_with_log_prob(
     if trajectory or progress:
         raise OptionError("with_log_prob=True keeps no trajectory and shows no progress: leave both away.")
     if isinstance(model, ScoreModel):
+        check_density(model)
         _ = model.linear
 
 

@@ -1692,6 +1692,25 @@ MUTANTS = [
         ("> SLACK * self.times[0]", "> 1e-9 * self.times[0]"),
     ),
     *_of("bounds", "elbo", ("isinstance(steps, bool) or steps < 1):", "isinstance(steps, bool)):")),
+    *_of("bounds", "wrapped", ("    check_density(model)\n", "")),
+    *_of("likelihood", "wrapped", ("    check_density(model)\n", "")),
+    *_of("sampling", "wrapped", ("        check_density(model)\n", "")),
+    *_of(
+        "model",
+        "wrapped",
+        ("self.network.rows(index, batch)", "self.network"),
+        ("condition=rows_of(self.condition, index, batch))", "condition=self.condition)"),
+        ("return self.network.known_times", "pass"),
+    ),
+    *_of("runs", "wrapped", ("evaluations(self.network, args[1])", "1"), ("self._whole._count(calls)", "pass")),
+    *_of("runs", "wrapped", ("return Counter(part, self)", "return self")),
+    *_of(
+        "wrapped",
+        "wrapped",
+        ("return evaluations(self.model.network, t)", "return 1"),
+        ("return self.model.no_density", "return None"),
+        ("model=self.model.rows(index, batch)", "model=self.model"),
+    ),
 ]
 
 
