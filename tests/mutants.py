@@ -1703,7 +1703,7 @@ MUTANTS = [
         ("return self.network.known_times", "pass"),
     ),
     *_of("runs", "wrapped", ("evaluations(self.network, args[1])", "1"), ("self._whole._count(calls)", "pass")),
-    *_of("runs", "wrapped", ("return Counter(part, self)", "return self")),
+    *_of("runs", "wrapped", ("return Counter(self.network.rows(index, batch), self)", "return self")),
     *_of(
         "wrapped",
         "wrapped",
