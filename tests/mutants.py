@@ -786,8 +786,6 @@ MUTANTS = [
             "inside = split.log_s(np.linspace(first, last, steps + 1)[1:-1])",
             "inside = split.log_s(np.linspace(first, last, steps + 2)[1:-1])",
         ),
-        ("return grid if direction > 0 else grid.flip(0)", "return grid"),
-        ("return ends if direction > 0 else ends.flip(0)", "return ends"),
     ),
     *_of(
         "keyed",
@@ -1692,6 +1690,12 @@ MUTANTS = [
         ("> SLACK * self.times[0]", "> 1e-9 * self.times[0]"),
     ),
     *_of("bounds", "elbo", ("isinstance(steps, bool) or steps < 1):", "isinstance(steps, bool)):")),
+    *_of(
+        "runs",
+        "sampling_densities",
+        ("return grid if direction > 0 else grid.flip(0)", "return grid"),
+        ("return ends if direction > 0 else ends.flip(0)", "return ends"),
+    ),
     *_of("bounds", "wrapped", ("    check_density(model)\n", "")),
     *_of("likelihood", "wrapped", ("    check_density(model)\n", "")),
     *_of("sampling", "wrapped", ("        check_density(model)\n", "")),
