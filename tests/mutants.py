@@ -340,7 +340,7 @@ MUTANTS = [
         ("grid[-1] if tally.reached is None else tally.reached, x)", "grid[-1], x)"),
         ("if run.every and (i % run.every == 0 or i == last)", "if run.every and i % run.every == 0"),
         ("grid[sorted({*range(0, last + 1, every), last})]", "grid[sorted({*range(0, last, every)})]"),
-        ("tally.nfe = tally.nfe + counter.calls - before", "pass"),
+        ("tally.nfe = tally.nfe + evaluations(bound.network, per_row(last_time, x))", "pass"),
         ("total=len(chunks) * last", "total=last"),
         ("stream = noise.open(rows.start)", "stream = noise.open(0)"),
         ("nfe = max(nfe, counter.calls if tally.nfe is None else int(tally.nfe.max()))", "nfe += counter.calls"),
