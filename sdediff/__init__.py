@@ -34,6 +34,7 @@ from sdediff.bounds import sde_bound as sde_bound
 from sdediff.calibration import Calibration as Calibration
 from sdediff.calibration import calibrate as calibrate
 from sdediff.chains import LinearGaussian as LinearGaussian
+from sdediff.classifier import Classifier as Classifier
 from sdediff.covariance import covariance_error as covariance_error
 from sdediff.covariance import recolor as recolor
 from sdediff.denoised import clamp_denoised as clamp_denoised
