@@ -7,6 +7,7 @@ linear SDE, with the samplers of the field as special cases. See the README for 
 from sdediff import decoders as decoders
 from sdediff import dequantize as dequantize
 from sdediff import exact as exact
+from sdediff import features as features
 from sdediff import gaussians as gaussians
 from sdediff import grids as grids
 from sdediff import losses as losses

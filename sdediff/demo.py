@@ -25,6 +25,10 @@ from torch.utils.data import Dataset
 from sdediff import grids, plotting
 from sdediff.adapters import TorchDiffEq, TorchSDE
 from sdediff.bits import bits_per_dim
+from sdediff.digits import EVENT as EVENT
+from sdediff.digits import LEVELS as LEVELS
+from sdediff.digits import Dequantized as Dequantized
+from sdediff.digits import digits as digits
 from sdediff.divergence import Hutchinson
 from sdediff.draws import mix
 from sdediff.errors import OptionError, optional_import
@@ -43,8 +47,6 @@ from sdediff.training import TrainedModel, fit, save
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LEVELS = 17
-EVENT = (1, 8, 8)
 STAGES = 6
 
 
@@ -131,34 +133,6 @@ class DemoResult:
     seconds: dict[str, float] = field(default_factory=dict)
     process: str = ""
     levels: int = LEVELS
-
-
-class Dequantized(Dataset[Tensor]):
-    """Integer codes as points of `[-1, 1]`, uniformly spread over their bins anew at every access."""
-
-    def __init__(self, codes: Codes, levels: int) -> None:
-        self.codes = codes
-        self.levels = levels
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def __getitem__(self, index: int) -> Tensor:
-        code = self.codes[index]
-        return -1 + 2 * (code + torch.rand(code.shape)) / self.levels
-
-    def all(self, seed: int) -> State:
-        """Every item once, with the spread fixed by a seed."""
-        generator = torch.Generator().manual_seed(seed)
-        return -1 + 2 * (self.codes + torch.rand(self.codes.shape, generator=generator)) / self.levels
-
-
-def digits(train_rows: int, seed: int) -> tuple[Codes, Codes]:
-    """Training and test codes `(n, 1, 8, 8)`, shuffled by the seed."""
-    images = optional_import("sklearn.datasets", "demo").load_digits().images
-    codes = torch.from_numpy(images).long()[:, None]
-    order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(mix(seed, 21) >> 2))
-    return codes[order[:train_rows]], codes[order[train_rows:]]
 
 
 def network(channels: tuple[int, ...]) -> UNet:
