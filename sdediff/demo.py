@@ -135,13 +135,13 @@ class DemoResult:
     levels: int = LEVELS
 
 
-def network(channels: tuple[int, ...]) -> UNet:
-    """A convolutional U-Net for 8 x 8 images in one channel."""
+def network(channels: tuple[int, ...], classes: int | None = None) -> UNet:
+    """A convolutional U-Net for 8 x 8 images in one channel, of so many classes if any."""
     depth = len(channels)
     return UNet(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=list(channels),
-        down_block_types=["DownBlock2D"] * depth, up_block_types=["UpBlock2D"] * depth, norm_num_groups=8,
-        add_attention=False,
+        classes=classes, sample_size=8, in_channels=1, out_channels=1, layers_per_block=1,
+        block_out_channels=list(channels), down_block_types=["DownBlock2D"] * depth,
+        up_block_types=["UpBlock2D"] * depth, norm_num_groups=8, add_attention=False,
     )  # fmt: skip
 
 
@@ -166,15 +166,23 @@ def solvers(evaluations: int, tolerance: float) -> dict[str, tuple[Solver, int |
     }
 
 
-def train(settings: DemoSettings, data: Dataset[Any], *, progress: bool = False) -> TrainedModel:
-    """The model of the demo: a U-Net with EDM preconditioning on the cosine process."""
+def train(
+    settings: DemoSettings,
+    data: Dataset[Any],
+    *,
+    classes: int | None = None,
+    label_dropout: float = 0.0,
+    progress: bool = False,
+) -> TrainedModel:
+    """The model of the demo: a U-Net with EDM preconditioning on the cosine process, of so many classes if any."""
     with torch.random.fork_rng():
         torch.manual_seed(mix(settings.seed, 22) >> 2)
-        unet = network(settings.channels)
+        unet = network(settings.channels, classes)
     model = ScoreModel(unet, CosineVP(), prediction="edm", sigma_data=0.7)
     return fit(
         model, data, steps=settings.train_steps, batch_size=settings.batch_size, lr=settings.lr, weighting="edm",
-        ema=settings.ema, warmup=min(50, settings.train_steps), seed=settings.seed, progress=progress,
+        ema=settings.ema, warmup=min(50, settings.train_steps), label_dropout=label_dropout, seed=settings.seed,
+        progress=progress,
     )  # fmt: skip
 
 

@@ -85,9 +85,8 @@ def fit(
         check_law(times)
     if not label_dropout and null is not None:
         raise OptionError(f"null={null} takes the place of dropped conditions: write label_dropout=0.1 with it.")
-    drop = (
-        LabelDropout(label_dropout, getattr(network, "null", None) if null is None else null) if label_dropout else None
-    )
+    null = getattr(network, "null", None) if null is None else null
+    drop = LabelDropout(label_dropout, null) if label_dropout else None
     given = {} if times is None else {"times": times}
     if isinstance(data, Tensor):
         check_state(data, "data")
