@@ -25,12 +25,18 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train on real handwritten digits, sample with five solvers, evaluate bits/dim, write a report",
         description="Train a small diffusion model on scikit-learn's digits in a few minutes on a CPU, sample from it "
-        "with five solvers, evaluate its likelihood, and write figures, a report and the model into a folder.",
+        "with five solvers, evaluate its likelihood, and write figures, a report and the model into a folder. With "
+        "--conditional, train it with labels, ask for every digit at several scales of guidance, and show what these "
+        "trade between diversity and accuracy.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     demo.add_argument("--quick", action="store_true", help="a smaller run, in under a minute")
-    demo.add_argument("--out", type=Path, default=Path("sdediff-demo"), metavar="DIR", help="folder to write into")
+    demo.add_argument("--conditional", action="store_true", help="digits of a class that is asked for, by guidance")
+    demo.add_argument(
+        "--out", type=Path, default=argparse.SUPPRESS, metavar="DIR",
+        help="folder to write into (default: sdediff-demo, or sdediff-demo-conditional)",
+    )  # fmt: skip
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same numbers")
     demo.add_argument("--steps", type=int, metavar="N", default=argparse.SUPPRESS, help="training steps")
     return parser
@@ -40,12 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 0, or 2 when an error was reported."""
     options = _parser().parse_args(argv)
     try:
-        from sdediff import demo  # the demo's imports are of no use to --help
+        from sdediff import conditional_demo, demo  # the demos' imports are of no use to --help
 
         settings = replace(demo.QUICK if options.quick else demo.FULL, seed=options.seed)
         if hasattr(options, "steps"):
             settings = replace(settings, train_steps=options.steps)
-        demo.run(options.out, settings, say=lambda line: print(line, flush=True), progress=sys.stderr.isatty())
+        shown = {"say": lambda line: print(line, flush=True), "progress": sys.stderr.isatty()}
+        folder = {"out": options.out} if hasattr(options, "out") else {}
+        if options.conditional:
+            by_class = conditional_demo.QUICK if options.quick else conditional_demo.FULL
+            conditional_demo.run(settings=replace(by_class, model=settings), **folder, **shown)
+        else:
+            demo.run(settings=settings, **folder, **shown)
     except SdediffError as error:
         print(f"sdediff: {error}", file=sys.stderr)
         return 2

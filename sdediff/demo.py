@@ -214,6 +214,13 @@ def run(
         OptionError: `out` is a file.
         MissingExtraError: the extra `demo` is not installed.
     """
+    with prepared(out) as folder:
+        return _run(folder, settings, say, progress)
+
+
+@contextmanager
+def prepared(out: str | Path) -> Iterator[Path]:
+    """The folder of a demo, made if it is not there, and one thread to compute in."""
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"The demo writes into a folder, but {folder} is a file: give another one with --out.")
@@ -223,21 +230,28 @@ def run(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _run(folder, settings, say, progress)
+        yield folder
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None], progress: bool) -> DemoResult:
-    seconds: dict[str, float] = {}
+class Stages:
+    """The stages of a demo: each says what it does, and leaves how long it took in `seconds`."""
+
+    def __init__(self, count: int, say: Callable[[str], None]) -> None:
+        self.count, self.say = count, say
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(name: str, text: str) -> Iterator[None]:
-        say(f"[{len(seconds) + 1}/{STAGES}] {text}")
+    def __call__(self, name: str, text: str) -> Iterator[None]:
+        self.say(f"[{len(self.seconds) + 1}/{self.count}] {text}")
         start = time.perf_counter()
         yield
-        seconds[name] = time.perf_counter() - start
+        self.seconds[name] = time.perf_counter() - start
 
+
+def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None], progress: bool) -> DemoResult:
+    stage = Stages(STAGES, say)
     with stage("data", "Loading scikit-learn's handwritten digits"):
         codes, test_codes = digits(settings.train_rows, settings.seed)
         data, reference = Dequantized(codes, LEVELS), Dequantized(test_codes, LEVELS).all(mix(settings.seed, 23) >> 2)
@@ -255,11 +269,11 @@ def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None], progr
         bits = _likelihood(model, codes, test_codes, settings)
     say(f"      {bits.mean:.3f} ± {bits.stderr:.3f} bits/dim (a histogram for each pixel: {bits.histogram:.3f})")
     with stage("report", f"Writing figures and report into {folder}"):
-        result = DemoResult(folder, rows, floor, bits, curves, model.losses, seconds, process=repr(model.sde))
+        result = DemoResult(folder, rows, floor, bits, curves, model.losses, stage.seconds, process=repr(model.sde))
         for name, figure in _figures(model, reference, samples, result, settings).items():
             figure.savefig(folder / f"{name}.png", bbox_inches="tight")
         write_report(result, settings, len(codes), len(test_codes))
-    say(f"Done in {sum(seconds.values()):.0f} s: open {folder / 'report.html'}")
+    say(f"Done in {sum(stage.seconds.values()):.0f} s: open {folder / 'report.html'}")
     return result
 
 
