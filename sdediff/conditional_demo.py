@@ -260,7 +260,9 @@ def _run(folder: Path, settings: ConditionalSettings, say: Callable[[str], None]
         itself = judge.itself
         floor = judge.floor(data.all(mix(seed, 24) >> 2), label, settings.images, mix(seed, 25) >> 2)
     say(f"      it sees {100 * itself[0][0]:.1f} % of {len(test)} test digits right")
-    with stage("training", f"Training a U-Net of {CLASSES} classes for {spent.train_steps} steps on {len(codes)} digits"):
+    with stage(
+        "training", f"Training a U-Net of {CLASSES} classes for {spent.train_steps} steps on {len(codes)} digits"
+    ):
         pairs = StackDataset(data, label)
         dropout = settings.label_dropout
         model = demo.train(spent, pairs, classes=CLASSES, label_dropout=dropout, progress=progress)

@@ -560,7 +560,7 @@ MUTANTS = [
         ("np.where(self.failed[rows], 1.0, 5.0)", "5.0"),
         ("np.where(length < wanted, np.maximum(smooth, wanted), smooth)", "smooth"),
         ("0.9 * error ** (-1 / order), 0.1", "0.9 * error ** (-1 / order), 0.5"),
-        ("at = after if part == 1 else t + part * signed", "at = after"),
+        ("[end if part == 1 else t + part * signed", "[end"),
         ("self.solver.rtol * torch.maximum(x.abs(), new.abs())", "self.solver.rtol * x.abs()"),
         (
             "norm(h * _total(self.method.error or (), slopes) / allowed)",
@@ -568,8 +568,8 @@ MUTANTS = [
         ),
         ("new = x + h * _total(self.method.b, slopes)", "new = x + h * _total(self.method.a[-1] + (0,), slopes)"),
         ("self.known[rows[good]] = self.method.fsal", "self.known[rows[good]] = True"),
-        ("self.nfe[index] += len(slopes) - 1", "self.nfe[index] += len(slopes)"),
-        ("+ len(self.method.b) - self.known[going]", "+ len(self.method.b)"),
+        ("self.nfe[index] += self._cost(index, stages)", "self.nfe[index] += 1 + self._cost(index, stages)"),
+        ("first * torch.from_numpy(~self.known[rows])", "first"),
         (
             "process, x = self.process.rows(index, len(self.x)), self.x[index]",
             "process, x = self.process, self.x[index]",
@@ -605,7 +605,7 @@ MUTANTS = [
         ("self.value[kept] = new[taken]", "self.value[kept] = predicted[taken]"),
         ("norm(_times(scale, new - predicted) / allowed)", "norm((new - predicted) / allowed)"),
         ("self.solver.rtol * _times(scale, torch", "self.solver.rtol * _times(scale**0, torch"),
-        ("self.nfe.numpy()[going] < self.solver.max_nfe", "self.nfe.numpy()[going] <= self.solver.max_nfe"),
+        ("(after <= self.solver.max_nfe).numpy()", "(after <= self.solver.max_nfe + 1).numpy()"),
         ("self._value(self.model.rows(index, len(self.x)), t, predicted)", "self._value(self.model, t, predicted)"),
         ("self.signs[rows, None] * numbers", "numbers"),
         ("bits = np.abs(draw).view", "bits = draw.view"),
@@ -644,7 +644,7 @@ MUTANTS = [
             "value = self.evaluate(self.model.rows(index, len(self.x)), rows, t, predicted)",
             "value = self.evaluate(self.model.rows(index, len(self.x)), rows, t, x)",
         ),
-        ("self.nfe[index] += 1", "self.nfe[kept] += 1"),
+        ("self.nfe[index] += self._cost(index, t)", "self.nfe[kept] += 1"),
         ("self.rejected[index[~moved]] += 1", "self.rejected[index] += 1"),
         ("self.values[1:, kept] = self.values[:-1, kept]", "pass"),
         (
@@ -665,7 +665,7 @@ MUTANTS = [
         ("below ** (-1 / order) > error ** (-1 / (order + 1))", "below ** (-1 / order) < error ** (-1 / (order + 1))"),
         ("np.where(lower, order - 1, np.where(good, order + 1, order))", "order"),
         ("np.minimum(wanted, self.known[rows])", "np.minimum(wanted, 1)"),
-        ("self.nfe.numpy()[going] < self.max_nfe", "self.nfe.numpy()[going] <= self.max_nfe"),
+        ("(after <= budget).numpy()", "(after <= budget + 1).numpy()"),
         ("stuck = ~good & (length < _SHORTEST)", "stuck = ~good & (length < 0)"),
         ("rows=which.tolist()", "rows=np.flatnonzero(stuck).tolist()"),
         ("return last & good", "return last"),
@@ -1702,8 +1702,10 @@ MUTANTS = [
         ("condition=rows_of(self.condition, index, batch))", "condition=self.condition)"),
         ("return self.network.known_times", "pass"),
     ),
-    *_of("runs", "wrapped", ("evaluations(self.network, args[1])", "1"), ("self._whole._count(calls)", "pass")),
-    *_of("runs", "wrapped", ("return Counter(self.network.rows(index, batch), self)", "return self")),
+    *_of(
+        "wrapped", "wrapped", ("count = self.evaluations(args[1])", "count = 1"), ("self._whole._count(calls)", "pass")
+    ),
+    *_of("wrapped", "wrapped", ("return Counter(self.network.rows(index, batch), self)", "return self")),
     *_of(
         "wrapped",
         "wrapped",
