@@ -1,4 +1,4 @@
-"""The command `sdediff`: one subcommand, `demo`.
+"""The command `sdediff`: one subcommand, `demo`, in two kinds.
 
 Errors that this library raises on purpose become one line on stderr and exit code 2, as argparse's own do.
 """
@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import sdediff
@@ -51,13 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = replace(demo.QUICK if options.quick else demo.FULL, seed=options.seed)
         if hasattr(options, "steps"):
             settings = replace(settings, train_steps=options.steps)
-        shown = {"say": lambda line: print(line, flush=True), "progress": sys.stderr.isatty()}
-        folder = {"out": options.out} if hasattr(options, "out") else {}
+        show = partial(print, flush=True)
+        bar = sys.stderr.isatty()
         if options.conditional:
-            by_class = conditional_demo.QUICK if options.quick else conditional_demo.FULL
-            conditional_demo.run(settings=replace(by_class, model=settings), **folder, **shown)
+            by_class = replace(conditional_demo.QUICK if options.quick else conditional_demo.FULL, model=settings)
+            out = getattr(options, "out", Path("sdediff-demo-conditional"))
+            conditional_demo.run(out, by_class, say=show, progress=bar)
         else:
-            demo.run(settings=settings, **folder, **shown)
+            demo.run(getattr(options, "out", Path("sdediff-demo")), settings, say=show, progress=bar)
     except SdediffError as error:
         print(f"sdediff: {error}", file=sys.stderr)
         return 2

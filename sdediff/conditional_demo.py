@@ -1,10 +1,10 @@
 r"""The demo by class: digits of a class that is asked for, and what guidance trades for getting them.
 
-A U-Net of ten classes is trained with label dropout, so that one network is the model of each digit and of all of them.
-Classifier-free guidance of scale w combines the two, `(1 + w) cond - w uncond`: w = -1 is the model of all digits, which
-does not hear the label, w = 0 the conditional model, and more goes beyond. Classifier guidance adds w times the gradient
-of a `Classifier`, trained on noised digits, to the score of the same network without a label: w = 0 is again the model
-of all digits, w = 1 Bayes' rule.
+A U-Net of ten classes is trained with label dropout, so that one network is the model of each digit and of all digits.
+Classifier-free guidance of scale w combines the two, `(1 + w) cond - w uncond`: w = -1 is the model of all digits, deaf
+to the label, w = 0 the conditional model, and more goes beyond. Classifier guidance adds w times the gradient of a
+`Classifier`, trained on noised digits, to the score of the same network without a label: w = 0 is the model of all
+digits, w = 1 Bayes' rule.
 
 A judge that guides nothing, the classifier of clean digits of `sdediff.features`, measures at every scale
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -260,10 +260,8 @@ def _run(folder: Path, settings: ConditionalSettings, say: Callable[[str], None]
         itself = judge.itself
         floor = judge.floor(data.all(mix(seed, 24) >> 2), label, settings.images, mix(seed, 25) >> 2)
     say(f"      it sees {100 * itself[0][0]:.1f} % of {len(test)} test digits right")
-    with stage(
-        "training", f"Training a U-Net of {CLASSES} classes for {spent.train_steps} steps on {len(codes)} digits"
-    ):
-        pairs = StackDataset(data, label)
+    with stage("training", f"Training a U-Net of ten classes for {spent.train_steps} steps on {len(codes)} digits"):
+        pairs = StackDataset(data, label)  # type: ignore[arg-type]  # a tensor has a length and items, which is enough
         dropout = settings.label_dropout
         model = demo.train(spent, pairs, classes=CLASSES, label_dropout=dropout, progress=progress)
         save(model, folder / "model")
@@ -367,8 +365,8 @@ def _blocks(result: ConditionalResult, settings: ConditionalSettings, train_rows
         (
             "figure",
             "digits_by_class.png",
-            "Classifier-free guidance of four scales from the same noise, a row for each digit asked for. w = -1 does "
-            "not hear the label; w = 0 is the conditional model.",
+            "Classifier-free guidance from the same noise, a row for each digit asked for. w = -1 is deaf to the label; "
+            "w = 0 is the conditional model.",
         ),
         ("heading", "Diversity against accuracy"),
         ("figure", "guidance_tradeoff.png", "Every point is a scale; bars are one standard error."),
