@@ -175,7 +175,7 @@ def share(hits: Tensor) -> Measured:
 def spread_within(points: Tensor, label: Tensor) -> Measured:
     """The mean distance of two points `(n, d)` of one class, averaged over classes, and its standard error."""
     means, variances = [], []
-    for k in label.unique():
+    for k in sorted(set(label.tolist())):
         own = points[label == k].double()
         to_others = torch.cdist(own, own).sum(1) / (len(own) - 1)
         means.append(to_others.mean())
@@ -365,8 +365,8 @@ def _blocks(result: ConditionalResult, settings: ConditionalSettings, train_rows
         (
             "figure",
             "digits_by_class.png",
-            "Classifier-free guidance from the same noise, a row for each digit asked for. w = -1 is deaf to the label; "
-            "w = 0 is the conditional model.",
+            "Classifier-free guidance from the same noise, a row for each digit asked for. w = -1 is deaf to the "
+            "label; w = 0 is the conditional model.",
         ),
         ("heading", "Diversity against accuracy"),
         ("figure", "guidance_tradeoff.png", "Every point is a scale; bars are one standard error."),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -54,19 +55,26 @@ class FourierTime(nn.Module):
 
 
 class _Block(nn.Module):
-    """A residual block whose normalised input is scaled and shifted by the time; it starts as the identity."""
+    """A residual block whose normalised input is scaled and shifted by the time; it starts as the identity.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        norm: of the input, vectors or images of so many channels as the width.
+        layer: makes a layer that keeps the width.
+        width: entries of a vector, or channels.
+        features: of the time.
+    """
+
+    def __init__(self, norm: nn.Module, layer: Callable[[], nn.Linear | nn.Conv2d], width: int, features: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.first = nn.Linear(width, width)
-        self.second = nn.Linear(width, width)
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
+        self.norm = norm
+        self.modulation = nn.Linear(features, 2 * width)
+        self.first, self.second = layer(), layer()
+        for parameter in self.second.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
-        scale, shift = self.modulation(time).chunk(2, dim=1)
+        laid = self.modulation(time).reshape(len(h), -1, *[1] * (h.ndim - 2))
+        scale, shift = laid.chunk(2, dim=1)
         return h + self.second(nn.functional.silu(self.first(self.norm(h) * (1 + scale) + shift)))
 
 
@@ -78,7 +86,10 @@ class _Perceptron(nn.Module):
         self.event = tuple(event)
         self.time = nn.Sequential(FourierTime(32), nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.read = nn.Linear(math.prod(event), width)
-        self.blocks = nn.ModuleList([_Block(width) for _ in range(depth)])
+        self.blocks = nn.ModuleList(
+            _Block(nn.LayerNorm(width, elementwise_affine=False), partial(nn.Linear, width, width), width, width)
+            for _ in range(depth)
+        )
         self.write = nn.Linear(width, outputs)
 
     def outputs(self, x: State, time: Tensor) -> Tensor:
@@ -153,21 +164,6 @@ class ClassifierMLP(_Perceptron):
         return self.outputs(x, self.time(t))
 
 
-class _ConvBlock(nn.Module):
-    """The residual block of `_Block` for images: 3 x 3 convolutions, and a norm over all of an image."""
-
-    def __init__(self, channels: int, features: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(1, channels, affine=False)
-        self.modulation = nn.Linear(features, 2 * channels)
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, h: Tensor, time: Tensor) -> Tensor:
-        scale, shift = self.modulation(time)[:, :, None, None].chunk(2, dim=1)
-        return h + self.second(nn.functional.silu(self.first(self.norm(h) * (1 + scale) + shift)))
-
-
 class ClassifierCNN(nn.Module):
     """Convolutional network `network(x, t) -> (batch, classes)`, the logits of a `Classifier` of small images.
 
@@ -196,7 +192,12 @@ class ClassifierCNN(nn.Module):
             nn.Conv2d(before, after, 3, padding=1, stride=1 if k == 0 else 2)
             for k, (before, after) in enumerate(pairwise(widths))
         )
-        self.blocks = nn.ModuleList(_ConvBlock(width, features) for width in channels)
+        self.blocks = nn.ModuleList(
+            _Block(
+                nn.GroupNorm(1, width, affine=False), partial(nn.Conv2d, width, width, 3, padding=1), width, features
+            )
+            for width in channels
+        )
         self.write = nn.Linear(channels[-1] * event[1] * event[2] // 4**halvings, classes)
 
     def forward(self, x: State, t: Tensor) -> Tensor:

@@ -318,7 +318,7 @@ def trade_off(
             across, up, xerr=dx, yerr=dy, color=COLOURS[i % len(COLOURS)], marker=_MARKERS[i % len(_MARKERS)],
             markersize=5, linewidth=1.2, elinewidth=1.0, capsize=2, label=name,
         )  # fmt: skip
-        for label, *place in zip(labels, across, up, strict=True):
+        for label, place in zip(labels, zip(across, up, strict=True), strict=True):
             ax.annotate(label, place, xytext=(4, -11 if i else 5), textcoords="offset points", fontsize=8)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     ax.legend(frameon=False, fontsize=8.5)

@@ -334,6 +334,8 @@ def test_a_row_of_a_convolutional_classifier_depends_on_its_own_image_and_time_o
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = ClassifierCNN((2, 8, 4), 5, (8, 12, 16)).double()
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.2)
     x = torch.randn(4, 2, 8, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
     t = torch.linspace(0.01, 0.9, 4, dtype=F64)
     before = network(x, t)
