@@ -4,7 +4,8 @@ A U-Net of ten classes is trained with label dropout, so that one network is the
 Classifier-free guidance of scale w combines the two, `(1 + w) cond - w uncond`: w = -1 is the model of all digits, deaf
 to the label, w = 0 the conditional model, and more goes beyond. Classifier guidance adds w times the gradient of a
 `Classifier`, trained on noised digits, to the score of the same network without a label: w = 0 is the model of all
-digits, w = 1 Bayes' rule.
+digits, and w = 1, by Bayes' rule, would be the conditional model if the classifier were the class posterior. It is so
+in value at best: cross-entropy does not see the gradient (Chao et al. 2022), and larger scales make up for it.
 
 A judge that guides nothing, the classifier of clean digits of `sdediff.features`, measures at every scale
 
@@ -17,7 +18,8 @@ A judge that guides nothing, the classifier of clean digits of `sdediff.features
 
 All scales start from the same noise.
 
-References: Ho and Salimans 2022 (arXiv:2207.12598); Dhariwal and Nichol 2021 (arXiv:2105.05233).
+References: Ho and Salimans 2022 (arXiv:2207.12598); Dhariwal and Nichol 2021 (arXiv:2105.05233); Chao et al. 2022
+(arXiv:2203.14206), gradients of noised classifiers.
 """
 
 from __future__ import annotations
@@ -369,7 +371,13 @@ def _blocks(result: ConditionalResult, settings: ConditionalSettings, train_rows
             "label; w = 0 is the conditional model.",
         ),
         ("heading", "Diversity against accuracy"),
-        ("figure", "guidance_tradeoff.png", "Every point is a scale; bars are one standard error."),
+        (
+            "figure",
+            "guidance_tradeoff.png",
+            "Every point is a scale; bars are one standard error. Classifier guidance of scale 1 would be the "
+            "conditional model, classifier-free guidance of scale 0, if the gradient of the classifier were that of the "
+            "class posterior; training by cross-entropy does not see to that.",
+        ),
         ("table", table_of(result)),
         (
             "text",

@@ -92,11 +92,12 @@ class _Perceptron(nn.Module):
         )
         self.write = nn.Linear(width, outputs)
 
-    def outputs(self, x: State, time: Tensor) -> Tensor:
-        """`(batch, outputs)`, from the features of time."""
+    def outputs(self, x: State, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """`(batch, outputs)`; features of a label, if there are some, are added to those of time."""
         if tuple(x.shape[1:]) != self.event:
             kind = type(self).__name__
             raise ShapeError(f"This {kind} was made for events of shape {self.event}; got {tuple(x.shape[1:])}.")
+        time = self.time(t) if label is None else self.time(t) + label
         h = self.read(x.reshape(len(x), -1))
         for block in self.blocks:
             h = block(h, time)
@@ -136,13 +137,13 @@ class MLP(_Perceptron):
             ShapeError: x is no event of this network, or the condition is not one whole number a row.
             OptionError: a label out of range (told on the CPU only).
         """
-        time = self.time(t)
+        label = None
         if self.label is not None:
-            time = time + self.label(_labels(condition, x, self.label.num_embeddings - 1, "This MLP"))
+            label = self.label(_labels(condition, x, self.label.num_embeddings - 1, "This MLP"))
         elif condition is not None:
             raise ShapeError("This MLP has no condition: build it with MLP(..., classes=...).")
         shape = (len(x), *self.event) if self.heads == 1 else (len(x), self.heads * self.event[0], *self.event[1:])
-        return self.outputs(x, time).reshape(shape)
+        return self.outputs(x, t, label).reshape(shape)
 
 
 class ClassifierMLP(_Perceptron):
@@ -161,7 +162,7 @@ class ClassifierMLP(_Perceptron):
 
     def forward(self, x: State, t: Tensor) -> Tensor:
         """Logits `(batch, classes)`."""
-        return self.outputs(x, self.time(t))
+        return self.outputs(x, t)
 
 
 class ClassifierCNN(nn.Module):
