@@ -26,13 +26,13 @@ def main() -> None:
             shutil.copy(result.folder / f"{name}.png", PICTURES)
     head, *rows = conditional_demo.table_of(result)
     best, seconds = result.best, ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
+    number = conditional_demo.CLASSES * settings.images
     text = (
         "# Digits by class\n\n"
-        f"`sdediff demo --conditional`, seed {settings.model.seed}: {conditional_demo.CLASSES * settings.images} samples "
-        f"at every scale, {settings.steps} steps; label dropout {settings.label_dropout:g}. The judge is a classifier of "
-        "clean digits that guides nothing. Best scale of classifier-free guidance (the highest accuracy, then the "
-        f"smallest distance): w = {best.scale:g}, accuracy {100 * best.accuracy[0]:.1f} +- "
-        f"{100 * best.accuracy[1]:.1f} %.\n\n"
+        f"`sdediff demo --conditional`, seed {settings.model.seed}: {number} samples at every scale, {settings.steps} "
+        f"steps; label dropout {settings.label_dropout:g}. The judge is a classifier of clean digits that guides "
+        "nothing. Best scale of classifier-free guidance (the highest accuracy, then the smallest distance): w = "
+        f"{best.scale:g}, accuracy {100 * best.accuracy[0]:.1f} +- {100 * best.accuracy[1]:.1f} %.\n\n"
         f"{table(head, rows)}\n"
         "Diversity: mean distance of two samples of a class in the features of the judge, over that of test digits. "
         "Energy distance: to the test digits of the class, in pixels, averaged over classes; of the training digits, "
