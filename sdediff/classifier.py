@@ -26,6 +26,7 @@ References: Song et al. 2021 (arXiv:2011.13456), appendix I; Dhariwal and Nichol
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -74,6 +75,16 @@ class Classifier(nn.Module):
         known = self._inputs.known_times
         self.times = times if times is not None else LogSNR() if known is None else Levels(known)
         check_law(self.times)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint of `sd.train` to be of this run."""
+        learned = isinstance(self.sde, nn.Module)  # its words would hold the weights
+        return {
+            "module": type(self).__name__, "network": type(self.network).__name__, "times": str(self.times),
+            "sde": type(self.sde).__name__ if learned else str(self.sde), "time": self._inputs.time is not None,
+            "span": [self.sde.t_min, self.sde.t_max],
+        }  # fmt: skip
 
     def forward(self, t: Time, x: State) -> Float[Tensor, " batch K"]:
         """Logits, `(batch, K)`, in the dtype of x; t is `()` or `(batch,)`.

@@ -1773,6 +1773,9 @@ MUTANTS = [
         ("if drawn and torch.is_grad_enabled()", "if drawn"),
         ("if drawn and torch.is_grad_enabled()", "if torch.is_grad_enabled()"),
         ("self.times.observe(self.sde, clock, losses.detach())", "pass"),
+        ('"times": str(self.times)', '"times": ""'),
+        ("type(self.sde).__name__ if learned else str(self.sde)", "type(self.sde).__name__ if learned else None"),
+        ('"time": self._inputs.time is not None', '"time": None'),
     ),
     *_of(
         "conditional_demo",

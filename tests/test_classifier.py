@@ -291,6 +291,31 @@ def test_a_schedule_that_learns_does_not_learn_from_a_classifier():
     assert classifier.network.write.weight.grad is not None
 
 
+def test_a_checkpoint_of_another_classifier_is_refused_and_the_same_one_resumes(tmp_path):
+    x0, labels = drawn(64)
+
+    def run(classifier, steps=4, folder=tmp_path):
+        return sd.train(
+            classifier, classifier.loss, x0.float(), condition=labels, steps=steps, batch_size=16, decay=False, seed=0,
+            progress=False, checkpoint=folder,
+        )  # fmt: skip
+
+    run(untrained())
+    resumed = untrained(seed=1)
+    losses = run(resumed, steps=8)
+    whole = untrained()
+    assert torch.equal(losses, run(whole, steps=8, folder=tmp_path / "whole"))
+    assert all(torch.equal(p, q) for p, q in zip(resumed.parameters(), whole.parameters(), strict=True))
+    x = states(dtype=torch.float32)
+    assert torch.equal(resumed.log_probs(0.3, x), whole.log_probs(0.3, x))
+    with pytest.raises(sd.CheckpointError, match=r"times was .LogSNR\(.*now .Even\("):
+        run(untrained(times=sd.times.Even()), steps=8)
+    with pytest.raises(sd.CheckpointError, match=r"sde was 'CosineVP\(.*now 'VP\("):
+        run(sd.Classifier(resumed.network, sd.VP()), steps=8)
+    with pytest.raises(sd.CheckpointError, match=r"time was False, now True"):
+        run(untrained(time=SDE.sigma), steps=8)
+
+
 # What it refuses
 
 
