@@ -7,6 +7,7 @@ linear SDE, with the samplers of the field as special cases. See the README for 
 from sdediff import decoders as decoders
 from sdediff import dequantize as dequantize
 from sdediff import exact as exact
+from sdediff import features as features
 from sdediff import gaussians as gaussians
 from sdediff import grids as grids
 from sdediff import guidance as guidance
@@ -35,6 +36,7 @@ from sdediff.bounds import sde_bound as sde_bound
 from sdediff.calibration import Calibration as Calibration
 from sdediff.calibration import calibrate as calibrate
 from sdediff.chains import LinearGaussian as LinearGaussian
+from sdediff.classifier import Classifier as Classifier
 from sdediff.covariance import covariance_error as covariance_error
 from sdediff.covariance import recolor as recolor
 from sdediff.denoised import clamp_denoised as clamp_denoised

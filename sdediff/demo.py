@@ -25,6 +25,10 @@ from torch.utils.data import Dataset
 from sdediff import grids, plotting
 from sdediff.adapters import TorchDiffEq, TorchSDE
 from sdediff.bits import bits_per_dim
+from sdediff.digits import EVENT as EVENT
+from sdediff.digits import LEVELS as LEVELS
+from sdediff.digits import Dequantized as Dequantized
+from sdediff.digits import digits as digits
 from sdediff.divergence import Hutchinson
 from sdediff.draws import mix
 from sdediff.errors import OptionError, optional_import
@@ -43,8 +47,6 @@ from sdediff.training import TrainedModel, fit, save
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LEVELS = 17
-EVENT = (1, 8, 8)
 STAGES = 6
 
 
@@ -133,41 +135,13 @@ class DemoResult:
     levels: int = LEVELS
 
 
-class Dequantized(Dataset[Tensor]):
-    """Integer codes as points of `[-1, 1]`, uniformly spread over their bins anew at every access."""
-
-    def __init__(self, codes: Codes, levels: int) -> None:
-        self.codes = codes
-        self.levels = levels
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def __getitem__(self, index: int) -> Tensor:
-        code = self.codes[index]
-        return -1 + 2 * (code + torch.rand(code.shape)) / self.levels
-
-    def all(self, seed: int) -> State:
-        """Every item once, with the spread fixed by a seed."""
-        generator = torch.Generator().manual_seed(seed)
-        return -1 + 2 * (self.codes + torch.rand(self.codes.shape, generator=generator)) / self.levels
-
-
-def digits(train_rows: int, seed: int) -> tuple[Codes, Codes]:
-    """Training and test codes `(n, 1, 8, 8)`, shuffled by the seed."""
-    images = optional_import("sklearn.datasets", "demo").load_digits().images
-    codes = torch.from_numpy(images).long()[:, None]
-    order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(mix(seed, 21) >> 2))
-    return codes[order[:train_rows]], codes[order[train_rows:]]
-
-
-def network(channels: tuple[int, ...]) -> UNet:
-    """A convolutional U-Net for 8 x 8 images in one channel."""
+def network(channels: tuple[int, ...], classes: int | None = None) -> UNet:
+    """A convolutional U-Net for 8 x 8 images in one channel, of so many classes if any."""
     depth = len(channels)
     return UNet(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=list(channels),
-        down_block_types=["DownBlock2D"] * depth, up_block_types=["UpBlock2D"] * depth, norm_num_groups=8,
-        add_attention=False,
+        classes=classes, sample_size=8, in_channels=1, out_channels=1, layers_per_block=1,
+        block_out_channels=list(channels), down_block_types=["DownBlock2D"] * depth,
+        up_block_types=["UpBlock2D"] * depth, norm_num_groups=8, add_attention=False,
     )  # fmt: skip
 
 
@@ -192,15 +166,23 @@ def solvers(evaluations: int, tolerance: float) -> dict[str, tuple[Solver, int |
     }
 
 
-def train(settings: DemoSettings, data: Dataset[Any], *, progress: bool = False) -> TrainedModel:
-    """The model of the demo: a U-Net with EDM preconditioning on the cosine process."""
+def train(
+    settings: DemoSettings,
+    data: Dataset[Any],
+    *,
+    classes: int | None = None,
+    label_dropout: float = 0.0,
+    progress: bool = False,
+) -> TrainedModel:
+    """The model of the demo: a U-Net with EDM preconditioning on the cosine process, of so many classes if any."""
     with torch.random.fork_rng():
         torch.manual_seed(mix(settings.seed, 22) >> 2)
-        unet = network(settings.channels)
+        unet = network(settings.channels, classes)
     model = ScoreModel(unet, CosineVP(), prediction="edm", sigma_data=0.7)
     return fit(
         model, data, steps=settings.train_steps, batch_size=settings.batch_size, lr=settings.lr, weighting="edm",
-        ema=settings.ema, warmup=min(50, settings.train_steps), seed=settings.seed, progress=progress,
+        ema=settings.ema, warmup=min(50, settings.train_steps), label_dropout=label_dropout, seed=settings.seed,
+        progress=progress,
     )  # fmt: skip
 
 
@@ -232,6 +214,13 @@ def run(
         OptionError: `out` is a file.
         MissingExtraError: the extra `demo` is not installed.
     """
+    with prepared(out) as folder:
+        return _run(folder, settings, say, progress)
+
+
+@contextmanager
+def prepared(out: str | Path) -> Iterator[Path]:
+    """The folder of a demo, made if it is not there, and one thread to compute in."""
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"The demo writes into a folder, but {folder} is a file: give another one with --out.")
@@ -241,21 +230,28 @@ def run(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _run(folder, settings, say, progress)
+        yield folder
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None], progress: bool) -> DemoResult:
-    seconds: dict[str, float] = {}
+class Stages:
+    """The stages of a demo: each says what it does, and leaves how long it took in `seconds`."""
+
+    def __init__(self, count: int, say: Callable[[str], None]) -> None:
+        self.count, self.say = count, say
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(name: str, text: str) -> Iterator[None]:
-        say(f"[{len(seconds) + 1}/{STAGES}] {text}")
+    def __call__(self, name: str, text: str) -> Iterator[None]:
+        self.say(f"[{len(self.seconds) + 1}/{self.count}] {text}")
         start = time.perf_counter()
         yield
-        seconds[name] = time.perf_counter() - start
+        self.seconds[name] = time.perf_counter() - start
 
+
+def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None], progress: bool) -> DemoResult:
+    stage = Stages(STAGES, say)
     with stage("data", "Loading scikit-learn's handwritten digits"):
         codes, test_codes = digits(settings.train_rows, settings.seed)
         data, reference = Dequantized(codes, LEVELS), Dequantized(test_codes, LEVELS).all(mix(settings.seed, 23) >> 2)
@@ -273,11 +269,11 @@ def _run(folder: Path, settings: DemoSettings, say: Callable[[str], None], progr
         bits = _likelihood(model, codes, test_codes, settings)
     say(f"      {bits.mean:.3f} ± {bits.stderr:.3f} bits/dim (a histogram for each pixel: {bits.histogram:.3f})")
     with stage("report", f"Writing figures and report into {folder}"):
-        result = DemoResult(folder, rows, floor, bits, curves, model.losses, seconds, process=repr(model.sde))
+        result = DemoResult(folder, rows, floor, bits, curves, model.losses, stage.seconds, process=repr(model.sde))
         for name, figure in _figures(model, reference, samples, result, settings).items():
             figure.savefig(folder / f"{name}.png", bbox_inches="tight")
         write_report(result, settings, len(codes), len(test_codes))
-    say(f"Done in {sum(seconds.values()):.0f} s: open {folder / 'report.html'}")
+    say(f"Done in {sum(stage.seconds.values()):.0f} s: open {folder / 'report.html'}")
     return result
 
 

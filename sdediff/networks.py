@@ -1,5 +1,6 @@
 r"""Small networks for vectors: residual perceptrons, one that sees the time in Fourier features, one for VAEs.
 
+`ClassifierMLP` and `ClassifierCNN` give logits of noised vectors and images (`sdediff.classifier`).
 Images want a U-Net: `UNet` wraps the one of diffusers (extra `diffusers`). Any callable `network(x, t)` serves as well.
 `FourierFeatures` shows any of them the fine detail of its input, which tells neighbouring codes of discrete data apart.
 `TwoHeads` splits the output of one with twice the channels into a prediction and a variance (`sdediff.iddpm`).
@@ -13,11 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sdediff.conditions import labels_of
 from sdediff.errors import OptionError, ShapeError, optional_import
 from sdediff.shapes import State
 
@@ -51,66 +55,174 @@ class FourierTime(nn.Module):
 
 
 class _Block(nn.Module):
-    """A residual block whose normalised input is scaled and shifted by the time; it starts as the identity."""
+    """A residual block whose normalised input is scaled and shifted by the time; it starts as the identity.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        norm: of the input, vectors or images of so many channels as the width.
+        layer: makes a layer that keeps the width.
+        width: entries of a vector, or channels.
+        features: of the time.
+    """
+
+    def __init__(self, norm: nn.Module, layer: Callable[[], nn.Linear | nn.Conv2d], width: int, features: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.first = nn.Linear(width, width)
-        self.second = nn.Linear(width, width)
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
+        self.norm = norm
+        self.modulation = nn.Linear(features, 2 * width)
+        self.first, self.second = layer(), layer()
+        for parameter in self.second.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
-        scale, shift = self.modulation(time).chunk(2, dim=1)
+        laid = self.modulation(time).reshape(len(h), -1, *[1] * (h.ndim - 2))
+        scale, shift = laid.chunk(2, dim=1)
         return h + self.second(nn.functional.silu(self.first(self.norm(h) * (1 + scale) + shift)))
 
 
-class MLP(nn.Module):
+class _Perceptron(nn.Module):
+    """What a residual perceptron is made of: flat events read, blocks that see the time, outputs written."""
+
+    def __init__(self, event: Sequence[int], outputs: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.event = tuple(event)
+        self.time = nn.Sequential(FourierTime(32), nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.read = nn.Linear(math.prod(event), width)
+        self.blocks = nn.ModuleList(
+            _Block(nn.LayerNorm(width, elementwise_affine=False), partial(nn.Linear, width, width), width, width)
+            for _ in range(depth)
+        )
+        self.write = nn.Linear(width, outputs)
+
+    def outputs(self, x: State, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """`(batch, outputs)`; features of a label, if there are some, are added to those of time."""
+        if tuple(x.shape[1:]) != self.event:
+            kind = type(self).__name__
+            raise ShapeError(f"This {kind} was made for events of shape {self.event}; got {tuple(x.shape[1:])}.")
+        time = self.time(t) if label is None else self.time(t) + label
+        h = self.read(x.reshape(len(x), -1))
+        for block in self.blocks:
+            h = block(h, time)
+        return self.write(nn.functional.silu(h))
+
+
+class MLP(_Perceptron):
     """Residual perceptron `network(x, t)` for events of any shape, flattened.
 
     Args:
         event: event shape, such as `(2,)`.
         width: hidden units.
         depth: residual blocks.
-        classes: number of classes for a condition of labels `(batch,)`; None for no condition.
+        classes: number K of classes for a condition of labels `(batch,)` in 0, ..., K - 1, or the null label K, which
+            is also what a call without a condition means; None for no condition.
         heads: outputs, each shaped as x, stacked on axis 1; see `TwoHeads`.
+
+    Attributes:
+        null: the null label K; None without classes.
     """
 
     def __init__(
         self, event: Sequence[int], width: int = 128, depth: int = 3, classes: int | None = None, heads: int = 1
     ) -> None:
-        super().__init__()
         if heads < 1 or (heads > 1 and not len(event)):
             raise ShapeError(f"MLP stacks heads >= 1 outputs on axis 1; got heads = {heads}, event = {tuple(event)}.")
+        super().__init__(event, heads * math.prod(event), width, depth)
         self.config = {"event": list(event), "width": width, "depth": depth, "classes": classes, "heads": heads}
         self.heads = heads
-        size = math.prod(event)
-        self.event = tuple(event)
-        self.time = nn.Sequential(FourierTime(32), nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.label = nn.Embedding(classes, width) if classes else None
-        self.read = nn.Linear(size, width)
-        self.blocks = nn.ModuleList([_Block(width) for _ in range(depth)])
-        self.write = nn.Linear(width, heads * size)
+        self.null = _null(classes, "MLP")
+        self.label = None if self.null is None else nn.Embedding(self.null + 1, width)
 
     def forward(self, x: State, t: Tensor, condition: Tensor | None = None) -> State:
-        """Shaped as x, but for `heads` times the channels on axis 1."""
-        if tuple(x.shape[1:]) != self.event:
-            raise ShapeError(f"This MLP was made for events of shape {self.event}; got {tuple(x.shape[1:])}.")
-        time = self.time(t)
-        if condition is not None:
-            if self.label is None:
-                raise ShapeError("This MLP has no condition: build it with MLP(..., classes=...).")
-            if not isinstance(condition, Tensor) or condition.shape != x.shape[:1]:
-                got = tuple(condition.shape) if isinstance(condition, Tensor) else repr(condition)
-                raise ShapeError(f"This MLP takes one label a row as its condition, shape ({len(x)},); got {got}.")
-            time = time + self.label(condition)
-        h = self.read(x.reshape(len(x), -1))
-        for block in self.blocks:
-            h = block(h, time)
+        """Shaped as x, but for `heads` times the channels on axis 1.
+
+        Raises:
+            ShapeError: x is no event of this network, or the condition is not one whole number a row.
+            OptionError: a label out of range (told on the CPU only).
+        """
+        label = None
+        if self.label is not None:
+            label = self.label(_labels(condition, x, self.label.num_embeddings - 1, "This MLP"))
+        elif condition is not None:
+            raise ShapeError("This MLP has no condition: build it with MLP(..., classes=...).")
         shape = (len(x), *self.event) if self.heads == 1 else (len(x), self.heads * self.event[0], *self.event[1:])
-        return self.write(nn.functional.silu(h)).reshape(shape)
+        return self.outputs(x, t, label).reshape(shape)
+
+
+class ClassifierMLP(_Perceptron):
+    """Residual perceptron `network(x, t) -> (batch, classes)`, the logits of a `Classifier` of vectors.
+
+    Args:
+        event: event shape, such as `(2,)`.
+        classes: number of classes.
+        width: hidden units.
+        depth: residual blocks.
+    """
+
+    def __init__(self, event: Sequence[int], classes: int, width: int = 128, depth: int = 2) -> None:
+        super().__init__(event, classes, width, depth)
+        self.config = {"event": list(event), "classes": classes, "width": width, "depth": depth}
+
+    def forward(self, x: State, t: Tensor) -> Tensor:
+        """Logits `(batch, classes)`."""
+        return self.outputs(x, t)
+
+
+class ClassifierCNN(nn.Module):
+    """Convolutional network `network(x, t) -> (batch, classes)`, the logits of a `Classifier` of small images.
+
+    Every resolution has a residual block; from one to the next, height and width are halved.
+
+    Args:
+        event: event shape `(colours, height, width)`.
+        classes: number of classes.
+        channels: at each resolution; height and width must be multiples of `2 ** (len(channels) - 1)`.
+    """
+
+    def __init__(self, event: Sequence[int], classes: int, channels: Sequence[int] = (32, 64)) -> None:
+        super().__init__()
+        halvings = len(channels) - 1
+        if len(event) != 3 or halvings < 0 or any(side % 2**halvings for side in event[1:]):
+            raise ShapeError(
+                "ClassifierCNN is for images (colours, height, width) whose sides can be halved between all channels; "
+                f"got event = {tuple(event)}, channels = {tuple(channels)}."
+            )
+        self.config = {"event": list(event), "classes": classes, "channels": list(channels)}
+        self.event = tuple(event)
+        features = 4 * channels[0]
+        self.time = nn.Sequential(FourierTime(32), nn.Linear(32, features), nn.SiLU())
+        widths = [event[0], *channels]
+        self.reads = nn.ModuleList(
+            nn.Conv2d(before, after, 3, padding=1, stride=1 if k == 0 else 2)
+            for k, (before, after) in enumerate(pairwise(widths))
+        )
+        self.blocks = nn.ModuleList(
+            _Block(
+                nn.GroupNorm(1, width, affine=False), partial(nn.Conv2d, width, width, 3, padding=1), width, features
+            )
+            for width in channels
+        )
+        self.write = nn.Linear(channels[-1] * event[1] * event[2] // 4**halvings, classes)
+
+    def forward(self, x: State, t: Tensor) -> Tensor:
+        """Logits `(batch, classes)`."""
+        if tuple(x.shape[1:]) != self.event:
+            raise ShapeError(f"This ClassifierCNN was made for events of shape {self.event}; got {tuple(x.shape[1:])}.")
+        h, time = x, self.time(t)
+        for read, block in zip(self.reads, self.blocks, strict=True):
+            h = block(read(h), time)
+        return self.write(nn.functional.silu(h).flatten(1))
+
+
+def _null(classes: int | None, owner: str) -> int | None:
+    """The null label of so many classes."""
+    if classes is not None and classes < 1:
+        raise OptionError(f"{owner} needs classes >= 1, or None for a network without a condition; got {classes}.")
+    return classes
+
+
+def _labels(condition: Tensor | None, x: State, null: int, owner: str) -> Tensor:
+    """The labels of the rows, the null label if there is no condition."""
+    if condition is None:
+        return torch.full((len(x),), null, device=x.device)
+    return labels_of(condition, len(x), null, owner, null=True)
 
 
 def _event(shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -159,17 +271,34 @@ class UNet(nn.Module):
     Args:
         config: arguments of `diffusers.UNet2DModel`.
         time_scale: the U-Net's time embedding is made for steps up to 1000; t is multiplied by this.
+        classes: number K of classes, as in `MLP`; it stands for `num_class_embeds=K + 1`.
+
+    Attributes:
+        null: the null label K; None without classes.
     """
 
-    def __init__(self, *, time_scale: float = 1000.0, **config: Any) -> None:
+    def __init__(self, *, time_scale: float = 1000.0, classes: int | None = None, **config: Any) -> None:
         super().__init__()
-        self.config = {"time_scale": time_scale, **config}
+        self.config = {"time_scale": time_scale, "classes": classes, **config}
         self.time_scale = time_scale
+        self.null = _null(classes, "UNet")
+        if self.null is not None:
+            if "num_class_embeds" in config:
+                raise OptionError(
+                    f"classes={classes} makes num_class_embeds={self.null + 1}, the classes and the null label; leave "
+                    f"num_class_embeds={config['num_class_embeds']} out."
+                )
+            config["num_class_embeds"] = self.null + 1
         self.unet = optional_import("diffusers", "diffusers").UNet2DModel(**config)
 
     def forward(self, x: State, t: Tensor, condition: Tensor | None = None) -> State:
-        """Shaped as x."""
-        return self.unet(x, t * self.time_scale, class_labels=condition).sample
+        """Shaped as x.
+
+        Raises:
+            ShapeError, OptionError: as in `MLP`, for a network with classes.
+        """
+        labels = condition if self.null is None else _labels(condition, x, self.null, "This UNet")
+        return self.unet(x, t * self.time_scale, class_labels=labels).sample
 
 
 class FourierFeatures(nn.Module):
@@ -194,6 +323,7 @@ class FourierFeatures(nn.Module):
             raise OptionError(f"FourierFeatures needs positive frequencies; got {tuple(frequencies)}.")
         self.config = {"network": network, "frequencies": list(map(float, frequencies))}
         self.network = network
+        self.null = getattr(network, "null", None)
         self.frequencies = tuple(map(float, frequencies))
 
     def forward(self, x: State, t: Tensor, *condition: Any) -> State:
@@ -224,6 +354,7 @@ class TwoHeads(nn.Module):
         self.config = {"network": network}
         self.network = network
         self.keeps_time = getattr(network, "keeps_time", False)
+        self.null = getattr(network, "null", None)
 
     def forward(self, x: State, t: Tensor, *condition: Any) -> State:
         """The prediction, shaped as x.

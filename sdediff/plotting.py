@@ -167,6 +167,27 @@ def image_rows(
     return figure
 
 
+def image_panels(
+    sets: Mapping[str, State],
+    columns: int,
+    *,
+    rows: Sequence[str] | None = None,
+    interval: tuple[float, float] = (-1.0, 1.0),
+) -> Figure:
+    """Grids of images side by side, each set in rows of `columns`; a name for every row, if given, at the left."""
+    panels = {title: _rows_of(x, columns) for title, x in sets.items()}
+    height = max(len(tiles) for tiles in panels.values())
+    figure = _figure((0.3 * columns + 0.25) * len(panels) + 0.2, 0.3 * height + 0.4)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (title, tiles) in zip(axes, panels.items(), strict=True):
+        _, gap = _montage(ax, tiles, interval)
+        ax.set_xticks([])
+        ax.set_title(title, fontsize=10)
+        if rows is not None and ax is axes[0]:
+            ax.set_yticks(_centres(len(rows), (tiles.shape[-2] + gap, gap)), rows, fontsize=9)
+    return figure
+
+
 def signals(sets: Mapping[str, State] | State, *, rows: int = 6, title: str | None = None) -> Figure:
     """The first `rows` signals `(batch, length)` of one set, or of several by name, as curves in panels."""
     named = sets if isinstance(sets, Mapping) else {title or "Signals": sets}
@@ -273,6 +294,34 @@ def quality_against_nfe(
     ax.set(xlabel="network evaluations for each sample (NFE)", ylabel=ylabel, title=title)
     _plain_numbers(ax.xaxis, *ax.get_xlim())
     ax.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def trade_off(
+    curves: Mapping[str, Sequence[tuple[str, tuple[float, float], tuple[float, float]]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+) -> Figure:
+    """Two measures against each other, one line through the settings of a method, with a standard error on both.
+
+    Args:
+        curves: from a method's name to its settings in order: `(label, (x, stderr), (y, stderr))`.
+    """
+    figure = _figure(6.8, 4.2)
+    ax = _plain(figure.subplots())
+    for i, (name, points) in enumerate(curves.items()):
+        labels, x, y = zip(*points, strict=True)
+        (across, dx), (up, dy) = (zip(*pairs, strict=True) for pairs in (x, y))
+        ax.errorbar(
+            across, up, xerr=dx, yerr=dy, color=COLOURS[i % len(COLOURS)], marker=_MARKERS[i % len(_MARKERS)],
+            markersize=5, linewidth=1.2, elinewidth=1.0, capsize=2, label=name,
+        )  # fmt: skip
+        for label, place in zip(labels, zip(across, up, strict=True), strict=True):
+            ax.annotate(label, place, xytext=(4, -11 if i else 5), textcoords="offset points", fontsize=8)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.legend(frameon=False, fontsize=8.5)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""The report of the demo: written once as blocks, rendered as Markdown and as a self-contained HTML page."""
+"""Reports of the demos: written once as blocks, rendered as Markdown and as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -121,8 +121,12 @@ def _html(blocks: list[Block], folder: Path) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body>' + "\n".join(parts) + "</body></html>\n"
 
 
+def write_blocks(folder: Path, blocks: list[Block]) -> None:
+    """Write `report.md` and the self-contained `report.html` into a folder, beside the figures that they show."""
+    (folder / "report.md").write_text(_markdown(blocks), encoding="utf-8")
+    (folder / "report.html").write_text(_html(blocks, folder), encoding="utf-8")
+
+
 def write_report(result: DemoResult, settings: DemoSettings, train_rows: int, test_rows: int) -> None:
-    """Write `report.md` and the self-contained `report.html` into the result's folder, beside its figures."""
-    blocks = _blocks(result, settings, train_rows, test_rows)
-    (result.folder / "report.md").write_text(_markdown(blocks), encoding="utf-8")
-    (result.folder / "report.html").write_text(_html(blocks, result.folder), encoding="utf-8")
+    """Write the report of the demo into the result's folder."""
+    write_blocks(result.folder, _blocks(result, settings, train_rows, test_rows))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sdediff.checkpoints import load, save
+from sdediff.conditions import LabelDropout
 from sdediff.errors import OptionError
 from sdediff.losses import WEIGHTINGS, denoising
 from sdediff.model import ScoreModel
@@ -41,6 +42,8 @@ def fit(
     weighting: str = "simple",
     times: Law | None = None,
     loss: Callable[..., PerRow] | None = None,
+    label_dropout: float = 0.0,
+    null: Any = None,
     **options: Unpack[Options],
 ) -> TrainedModel:
     """Train the network of a model by denoising score matching, or by another loss, in place.
@@ -56,6 +59,10 @@ def fit(
             `LossAware`, is kept in checkpoints, which one that a loss was given elsewhere is not.
         loss: in place of the denoising loss, `loss(model, x0, condition=condition) -> (batch,)`; it is also given
             `times=times` where times is not None.
+        label_dropout: the probability in [0, 1) with which the condition of a row is replaced by the null, so that the
+            network learns the model without a condition too (`sdediff.conditions`); 0.1 is usual.
+        null: what replaces it, a number or a tensor shaped as one row's condition; the network's own attribute `null`,
+            the label after the last class, if None.
         **options: those of `sdediff.optimise.train`: steps, batch_size, lr, condition, ema, clip, warmup, decay,
             optimizer, seed, device, checkpoint, checkpoint_every, progress.
 
@@ -76,12 +83,17 @@ def fit(
         )
     if times is not None:
         check_law(times)
+    if not label_dropout and null is not None:
+        raise OptionError(f"null={null} takes the place of dropped conditions: write label_dropout=0.1 with it.")
+    null = getattr(network, "null", None) if null is None else null
+    drop = LabelDropout(label_dropout, null) if label_dropout else None
     given = {} if times is None else {"times": times}
     if isinstance(data, Tensor):
         check_state(data, "data")
 
     def objective(x0: State, condition: Any) -> PerRow:
         check_state(x0, "data")
+        condition = condition if drop is None else drop(condition)
         if loss is None:
             return denoising(model, x0, weighting=weighting, times=times, condition=condition)
         return loss(model, x0, condition=condition, **given)
@@ -89,7 +101,8 @@ def fit(
     identity = {
         "weighting": weighting if loss is None else _words(loss, model),
         "times": _fingerprint_times(times, model), "prediction": model.prediction, "sigma_data": model.sigma_data,
-        "sde": _fingerprint(model),
+        "sde": _fingerprint(model), "label_dropout": label_dropout or None,
+        "null": None if drop is None else _words(null, model),
     }  # fmt: skip
     module = nn.ModuleList([network, times]) if isinstance(times, nn.Module) else network
     losses = train(module, objective, data, identity=identity, beside=lambda folder: save(model, folder), **options)

@@ -2,12 +2,13 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import sdediff as sd
-from sdediff import cli, demo
+from sdediff import cli, conditional_demo, demo
 
 TINY = demo.DemoSettings(
     channels=(8, 8), train_steps=3, batch_size=8, images=6, evaluations=4, curve=(2, 3), test_rows=3, tolerance=1e-1,
@@ -120,7 +121,18 @@ def test_options_reach_the_demo(monkeypatch, tmp_path):
     assert cli.main(["demo", "--quick", "--out", str(tmp_path), "--seed", "7", "--steps", "11"]) == 0
     assert cli.main(["demo"]) == 0
     assert calls[0] == (tmp_path, replace(demo.QUICK, seed=7, train_steps=11))
-    assert calls[1][1] == demo.FULL
+    assert calls[1] == (Path("sdediff-demo"), demo.FULL)
+
+
+def test_options_reach_the_demo_by_class(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(conditional_demo, "run", lambda out, settings, **options: calls.append((out, settings)))
+    monkeypatch.setattr(demo, "run", None)
+    assert cli.main(["demo", "--conditional", "--quick", "--out", str(tmp_path), "--seed", "7", "--steps", "11"]) == 0
+    assert cli.main(["demo", "--conditional"]) == 0
+    quick = replace(conditional_demo.QUICK, model=replace(demo.QUICK, seed=7, train_steps=11))
+    assert calls[0] == (tmp_path, quick)
+    assert calls[1] == (Path("sdediff-demo-conditional"), conditional_demo.FULL)
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path, capsys):

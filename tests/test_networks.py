@@ -98,12 +98,43 @@ def test_a_row_of_the_mlp_depends_on_its_own_state_time_and_label_only_and_on_al
         torch.testing.assert_close(alone[0], before[row], rtol=1e-10, atol=1e-10)
 
 
-def test_an_mlp_with_classes_may_be_called_without_a_label():
+def test_an_mlp_without_a_label_has_the_null_label():
     network, (x, t) = drawn(MLP((2,), classes=3)), states(4, 2)
-    labels = torch.zeros(4, dtype=torch.long)
-    with torch.no_grad():
-        network.label.weight[0] = 0
-    torch.testing.assert_close(network(x, t), network(x, t, labels))
+    assert network.null == 3
+    assert network.label.num_embeddings == 4
+    null = torch.full((4,), 3)
+    assert torch.equal(network(x, t), network(x, t, null))
+    for label in range(3):
+        assert (network(x, t) - network(x, t, null - 3 + label)).abs().amax(1).min() > 1e-3
+    assert MLP((2,)).null is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (
+            torch.tensor([0, 4, 1]),
+            sd.OptionError,
+            r"This MLP knows the labels 0 to 2, and 3 for no label; got 4 in row 1",
+        ),
+        (torch.tensor([0, 1, -1]), sd.OptionError, r"got -1 in row 2"),
+        (
+            torch.tensor([0.0, 1.0, 2.0]),
+            sd.ShapeError,
+            r"whole numbers as labels; got torch\.float32\. Write",
+        ),
+        (torch.tensor([0, 1]), sd.ShapeError, r"shape \(3,\); got \(2,\)"),
+    ],
+)
+def test_labels_that_an_mlp_does_not_know_are_refused(labels, error, message):
+    x, t = states(3, 2)
+    with pytest.raises(error, match=message):
+        MLP((2,), classes=3).double()(x, t, labels)
+
+
+def test_a_network_of_no_classes_is_refused():
+    with pytest.raises(sd.OptionError, match=r"MLP needs classes >= 1, or None .*got 0"):
+        MLP((2,), classes=0)
 
 
 def test_the_mlp_refuses_another_event_and_a_condition_it_was_not_built_for():
@@ -153,7 +184,31 @@ def test_the_unet_is_diffusers_own_at_scaled_times_and_labels(tiny):
     assert not torch.equal(out, tiny(x, t, torch.tensor([1, 1])))
     assert not torch.equal(out, tiny(x, t[:1].expand(2), labels))
     assert out.shape == x.shape
-    assert tiny.config == {"time_scale": 500.0, "num_class_embeds": 3, **TINY}
+    assert tiny.config == {"time_scale": 500.0, "classes": None, "num_class_embeds": 3, **TINY}
+
+
+@torch.no_grad()
+def test_a_unet_with_classes_has_a_null_label():
+    pytest.importorskip("diffusers")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = UNet(classes=3, **TINY).eval()
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t, labels = torch.tensor([0.2, 0.9]), torch.tensor([1, 2], dtype=torch.int32)
+    assert network.null == 3
+    assert network.unet.class_embedding.num_embeddings == 4
+    assert torch.equal(network(x, t, labels), network.unet(x, 1000 * t, class_labels=labels.long()).sample)
+    null = network.unet(x, 1000 * t, class_labels=torch.tensor([3, 3])).sample
+    assert torch.equal(network(x, t), null)
+    assert torch.equal(network(x, t, torch.tensor([3, 3])), null)
+    assert not torch.equal(network(x, t, labels), null)
+    again = UNet(**network.config).eval()
+    again.load_state_dict(network.state_dict())
+    assert torch.equal(again(x, t, labels), network(x, t, labels))
+    with pytest.raises(sd.OptionError, match=r"This UNet knows the labels 0 to 2, and 3 for no label; got 5 in row 0"):
+        network(x, t, torch.tensor([5, 0]))
+    with pytest.raises(sd.OptionError, match=r"classes=3 makes num_class_embeds=4.*num_class_embeds=7 out"):
+        UNet(classes=3, num_class_embeds=7, **TINY)
 
 
 @torch.no_grad()

@@ -217,3 +217,35 @@ def test_a_missing_extra_is_named(monkeypatch, images):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(sd.MissingExtraError, match=r"sdediff\[plot\]"):
         plotting.image_grid(images)
+
+
+def test_image_panels_stand_side_by_side_with_named_rows(images, tmp_path):
+    figure = saved(plotting.image_panels({"a": images, "b": -images}, 4, rows=["0", "1", "2"]), tmp_path)
+    assert [ax.get_title() for ax in figure.axes] == ["a", "b"]
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["0", "1", "2"]
+    assert list(figure.axes[0].get_yticks()) == [3.5, 13.5, 23.5]  # the middles of 8 pixels in steps of 10
+    assert len(figure.axes[1].get_yticks()) == 0
+    shown = figure.axes[0].images[0].get_array()
+    assert shown.shape[:2] == (28, 38)
+    assert torch.as_tensor(shown[10:18, 20:28, 0]).allclose(1 - (images[6, 0] + 1) / 2, atol=1e-6)  # row 1, column 2
+
+
+def test_a_trade_off_draws_points_with_both_errors_and_their_labels(tmp_path):
+    curves = {
+        "one": [("0", (1.0, 0.1), (0.5, 0.2)), ("2", (0.7, 0.05), (0.9, 0.1))],
+        "two": [("9", (0.2, 0.0), (0.3, 0.0))],
+    }
+    figure = saved(plotting.trade_off(curves, xlabel="x", ylabel="y", title="both"), tmp_path)
+    assert labels(figure) == [("both", "x", "y")]
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["one", "two"]
+    drawn = ax.containers[0]
+    assert drawn[0].get_xydata().tolist() == [[1.0, 0.5], [0.7, 0.9]]
+    across, up = (bar.get_segments() for bar in drawn[2])
+    assert across[1].tolist() == [pytest.approx([0.65, 0.9]), pytest.approx([0.75, 0.9])]
+    assert up[0].tolist() == [pytest.approx([1.0, 0.3]), pytest.approx([1.0, 0.7])]
+    assert [(note.get_text(), note.xy) for note in ax.texts] == [
+        ("0", (1.0, 0.5)),
+        ("2", (0.7, 0.9)),
+        ("9", (0.2, 0.3)),
+    ]
