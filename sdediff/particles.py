@@ -19,17 +19,19 @@ so that `1/n sum_i c_i f(x_i)` is unbiased for `sum_i w_i f(x_i)`, whatever f. T
 
 Weights come as logarithms, float64, and need not sum to one.
 
-Errors. Particles that go back to one particle at the start, a family, are dependent; families are nearly not. With S_e
-the sum of `w_i (f(x_i) - mean)` over a family, n resamplings, and N particles,
+Errors. Particles that go back to one particle at the start, a family e, are dependent; families are nearly not. In
+several rounds of weighing and resampling, let `W_e` be the weights of the family's particles before a resampling, or at
+the end, and `K_e` its share of the particles when the round began. A resampling changes no estimate of the evidence Z,
+so that what a family adds to its error are the gains `W_e - K_e` of all rounds; and a mean of f varies by S_e, the sum
+of `w_i (f(x_i) - mean)` over the family:
 
-    Var mean ~ (N / (N - 1))^(n + 1) sum_e S_e^2,
-    Var Z_N / Z^2 ~ 1 - (N / (N - 1))^(n + 1) (1 - sum_e (sum_(i in e) w_i)^2),
+    Var Z_N / Z^2 ~ N / (N - 1) sum_e (sum_rounds (W_e - K_e))^2,        Var mean ~ N / (N - 1) sum_e S_e^2,
 
-consistent for multinomial resampling, and too large as a rule for the others. If few families are left, both say
-little.
+consistent for multinomial resampling as N grows; without resampling these are the errors of importance sampling. Both
+say little where few families are left.
 
 References: Kong, Liu and Wong 1994, the effective number; Kitagawa 1996, systematic; Liu and Chen 1998, residual; Douc,
-Cappe and Moulines 2005, comparison; Chan and Lai 2013 and Lee and Whiteley 2018, variances from families; Chopin and
+Cappe and Moulines 2005, comparison; Chan and Lai 2013, variances from families; Chopin and
 Papaspiliopoulos 2020, An Introduction to Sequential Monte Carlo.
 """
 
@@ -134,6 +136,21 @@ def check_resampling(method: object) -> None:
         raise OptionError(f"Unknown resampling {method!r}: write one of {', '.join(map(repr, RESAMPLINGS))}.")
 
 
+def by_family(values: Tensor, families: Tensor) -> Tensor:
+    """Sums over the particles of every family, from `(particles, ...)`; what belongs to no particle is 0."""
+    return torch.zeros_like(values).index_add_(0, families, values)
+
+
+def family_gain(log_weights: PerRow, families: Tensor) -> Tensor:
+    """`W_e - K_e` of a round, `(particles,)`."""
+    return by_family(normalised(log_weights).exp() - 1 / len(families), families)
+
+
+def family_error(sums: Tensor) -> Tensor:
+    """The root of `N / (N - 1) sum_e S_e^2`, from `(particles, ...)`."""
+    return (len(sums) / (len(sums) - 1) * sums.square().sum(0)).sqrt()
+
+
 class Expectation(NamedTuple):
     """An estimate and its standard error."""
 
@@ -160,6 +177,7 @@ class Particles:
     x: State
     log_weights: PerRow
     log_evidence: float
+    log_evidence_stderr: float
     ess: Tensor
     resampled: tuple[int, ...]
     families: Tensor
@@ -170,12 +188,6 @@ class Particles:
     def weights(self) -> PerRow:
         """`(particles,)`, of sum one."""
         return self.log_weights.exp()
-
-    @property
-    def log_evidence_stderr(self) -> float:
-        shares = self._by_family(self.weights[:, None])
-        variance = 1 - self._factor * (1 - shares.square().sum().item())
-        return math.sqrt(max(variance, 0.0))
 
     def expectation(self, function: Callable[[State], Tensor]) -> Expectation:
         """The mean of f under `p r / Z` and its standard error, float64, `*shape` for f of shape `(batch, *shape)`.
@@ -192,8 +204,7 @@ class Particles:
             )
         flat = values.detach().to("cpu", torch.float64).reshape(len(values), -1)
         mean = self.weights @ flat
-        parts = self._by_family(self.weights[:, None] * (flat - mean))
-        stderr = (self._factor * parts.square().sum(0)).sqrt()
+        stderr = family_error(by_family(self.weights[:, None] * (flat - mean), self.families))
         return Expectation(mean.reshape(values.shape[1:]), stderr.reshape(values.shape[1:]))
 
     def mean(self) -> Tensor:
@@ -215,12 +226,3 @@ class Particles:
         generator = torch.Generator().manual_seed(mix(fresh_seed() if seed is None else seed, 41) >> 2)
         index = ancestors(self.log_weights, len(self.x) if n is None else n, method, generator)
         return self.x[index.to(self.x.device)]
-
-    @property
-    def _factor(self) -> float:
-        count = len(self.log_weights)
-        return (count / (count - 1)) ** (len(self.resampled) + 1)
-
-    def _by_family(self, values: Tensor) -> Tensor:
-        """Sums over the particles of every family, from `(particles, k)`."""
-        return torch.zeros_like(values).index_add_(0, self.families, values)

@@ -50,7 +50,16 @@ from sdediff.energy import one_a_row, value_and_gradient
 from sdediff.errors import DivergenceError, OptionError, ShapeError, TimeError
 from sdediff.model import ScoreModel
 from sdediff.noise import RowNoise
-from sdediff.particles import Particles, ancestors, check_resampling, effective_number, log_mean, normalised
+from sdediff.particles import (
+    Particles,
+    ancestors,
+    check_resampling,
+    effective_number,
+    family_error,
+    family_gain,
+    log_mean,
+    normalised,
+)
 from sdediff.runs import (
     bound_rows,
     check_arguments,
@@ -139,7 +148,7 @@ def smc(
         x = prior.mean.to(like) + prior.stddev.to(like) * stream.normal(like.expand(shape))
         families, log_evidence = torch.arange(count), 0.0
         log_factors = torch.zeros(count, dtype=torch.float64)  # log w - log psi: what the path has been reweighted by
-        numbers, resampled = [], []
+        gains, numbers, resampled = torch.zeros_like(log_factors), [], []
         for k in range(last):
             here = _joined([chain.look(k, x[rows]) for chain, rows in zip(chains, chunks, strict=True)])
             log_w = _weights(log_factors, here.log_psi, k, grid[k])
@@ -147,6 +156,7 @@ def smc(
             if numbers[-1] < ess_threshold * count:
                 index = ancestors(log_w, count, resampling, generator)
                 log_evidence += log_mean(log_w)
+                gains += family_gain(log_w, families)
                 here, families = here.taken(index), families[index]
                 log_factors = -_wide(here.log_psi)
                 resampled.append(k)
@@ -159,10 +169,12 @@ def smc(
             x = torch.cat([part.denoised(grid[-1], x[rows]) for part, rows in zip(parts, chunks, strict=True)])
         log_r_x = torch.cat([one_a_row(log_r(x[rows]), x[rows]) for rows in chunks])
         log_w = _weights(log_factors, log_r_x, last, grid[-1])
+        gains += family_gain(log_w, families)
     return Particles(
         x=x,
         log_weights=normalised(log_w),
         log_evidence=log_evidence + log_mean(log_w),
+        log_evidence_stderr=family_error(gains).item(),
         ess=torch.tensor([*numbers, effective_number(log_w)], dtype=torch.float64),
         resampled=tuple(resampled),
         families=families,
