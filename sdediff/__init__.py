@@ -9,6 +9,7 @@ from sdediff import dequantize as dequantize
 from sdediff import exact as exact
 from sdediff import gaussians as gaussians
 from sdediff import grids as grids
+from sdediff import guidance as guidance
 from sdediff import losses as losses
 from sdediff import metrics as metrics
 from sdediff import networks as networks
@@ -62,6 +63,10 @@ from sdediff.exponential import ExponentialRungeKutta as ExponentialRungeKutta
 from sdediff.exponential import UniPC as UniPC
 from sdediff.extended import NoiseResidual as NoiseResidual
 from sdediff.extended import SquaredNoise as SquaredNoise
+from sdediff.guidance import ClassifierFree as ClassifierFree
+from sdediff.guidance import ClassifierGuidance as ClassifierGuidance
+from sdediff.guidance import SimilarityGuidance as SimilarityGuidance
+from sdediff.guided_ddpm import GuidedDDPM as GuidedDDPM
 from sdediff.iddpm import LearnedVariance as LearnedVariance
 from sdediff.langevin import AnnealedLangevin as AnnealedLangevin
 from sdediff.langevin import Corrector as Corrector

@@ -31,6 +31,7 @@ from sdediff.exponential import Array, Points, Split, Steps, interpolated
 from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
 from sdediff.shapes import Grid, State, over
+from sdediff.wrapped import Count, evaluations
 
 Rows: TypeAlias = NDArray[np.integer[Any]]
 Mask: TypeAlias = NDArray[np.bool_]
@@ -77,7 +78,7 @@ class AdamsRows(ABC):
         times: what `run` stops at, in either direction.
         splitting: the form of Q.
         max_order: 1 to 5, of the predictor.
-        max_nfe: network calls a row may take; one that runs out stays where it is.
+        max_nfe: network evaluations a row may take; one that runs out stays where it is.
         adaptive: whether rows choose their steps; else they take those of `times`.
     """
 
@@ -110,7 +111,7 @@ class AdamsRows(ABC):
         self.nodes[:, 0] = self.u
         self.values = torch.zeros(max_order, *x.shape, dtype=x.dtype, device=x.device)
         self.accepted, self.rejected = (torch.zeros(batch, dtype=torch.long) for _ in range(2))
-        self.nfe = torch.ones(batch, dtype=torch.long)
+        self.nfe = torch.zeros(batch, dtype=torch.long) + evaluations(model.network, self.t)
 
     @abstractmethod
     def evaluate(self, model: ScoreModel, rows: Rows, t: Tensor, x: State) -> State:
@@ -128,7 +129,7 @@ class AdamsRows(ABC):
         going = np.flatnonzero(self.t.numpy() != self.times[target].item())
         while len(going):
             if self.max_nfe is not None:
-                going = going[self.nfe.numpy()[going] < self.max_nfe]
+                going = going[self._affordable(going, target, self.max_nfe)]
                 if not len(going):
                     return
             going = going[~self._advance(going, target)]
@@ -136,15 +137,7 @@ class AdamsRows(ABC):
     def _advance(self, rows: Rows, target: int) -> Mask:
         """One step of some rows; says which have arrived."""
         index = torch.from_numpy(rows)
-        u, length = self.u[rows], self.step[rows]
-        left = self.sign * (self.ends[target] - u)
-        last = length >= 0.999 * left
-        length = np.where(last, left, np.where(length > left / 2, left / 2, length))
-        after = np.where(last, self.ends[target], u + self.sign * length)
-        t = self.times[target].repeat(len(rows))
-        inside = torch.from_numpy(np.flatnonzero(~last))
-        t[inside] = self.sde.time(torch.from_numpy(-2 * self.splitting.log_s(after[~last])))
-
+        length, last, after, t = self._proposed(rows, target)
         pair = self._pair(rows, index, t, after)
         error, error_below = self.errors(pair)
         if self.adaptive:
@@ -157,7 +150,7 @@ class AdamsRows(ABC):
 
         self.keep(pair, error, good)
         kept, moved = index[torch.from_numpy(good)], torch.from_numpy(good)
-        self.nfe[index] += 1
+        self.nfe[index] += self._cost(index, t)
         self.accepted[kept] += 1
         self.rejected[index[~moved]] += 1
         self.x[kept], self.t[kept], self.u[rows[good]] = pair.new[moved], t[moved], after[good]
@@ -165,6 +158,29 @@ class AdamsRows(ABC):
         self.values[0, kept] = pair.value[moved]
         self.nodes[rows[good]] = np.concatenate([after[good, None], self.nodes[rows[good], :-1]], axis=1)
         return last & good
+
+    def _proposed(self, rows: Rows, target: int) -> tuple[Array, Mask, Array, Tensor]:
+        """The next step of some rows: its length, whether it ends on the target, and where it ends, in u and in t."""
+        u, length = self.u[rows], self.step[rows]
+        left = self.sign * (self.ends[target] - u)
+        last = length >= 0.999 * left
+        length = np.where(last, left, np.where(length > left / 2, left / 2, length))
+        after = np.where(last, self.ends[target], u + self.sign * length)
+        t = self.times[target].repeat(len(rows))
+        inside = torch.from_numpy(np.flatnonzero(~last))
+        t[inside] = self.sde.time(torch.from_numpy(-2 * self.splitting.log_s(after[~last])))
+        return length, last, after, t
+
+    def _cost(self, index: Tensor, t: Tensor) -> Count:
+        """Network evaluations of a call for some rows."""
+        return evaluations(self.model.rows(index, len(self.x)).network, t)
+
+    def _affordable(self, rows: Rows, target: int, budget: int) -> Mask:
+        """Which of some rows have network evaluations left for their next step."""
+        index = torch.from_numpy(rows)
+        after = self.nfe[index] + self._cost(index, self._proposed(rows, target)[-1])
+        affordable: Mask = (after <= budget).numpy()
+        return affordable
 
     def _pair(self, rows: Rows, index: Tensor, t: Tensor, after: Array) -> Pair:
         start, end = Points.at(self.sde, self.t[index]), Points.at(self.sde, t)

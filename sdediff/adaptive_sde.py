@@ -54,6 +54,7 @@ from sdediff.reverse import Reverse
 from sdediff.sde import SDE
 from sdediff.shapes import Grid, State, over
 from sdediff.solvers import Solver, Step, Tally, model_of
+from sdediff.wrapped import Count, evaluations
 
 _FIRST = 0.25
 _NEWEST = 0.3
@@ -77,7 +78,7 @@ class AdaptiveStochastic(Solver):
     Args:
         rtol, atol: error allowed in a step, in units of data, relative and absolute.
         noise_level: lambda > 0 of the process.
-        max_nfe: network calls a row may take; one that runs out stays where it is, and `Solution.reached` says where.
+        max_nfe: network evaluations a row may take; one that runs out stays where it is, and `Solution.reached` says where.
         sigma_data: the deviation c of the data; None takes that of an "edm" model, and 1 for others.
     """
 
@@ -161,7 +162,7 @@ class _Rows:
         self.unit = torch.zeros_like(x)
         self.later = torch.zeros_like(x)[None]
         self.accepted, self.rejected = (torch.zeros(batch, dtype=torch.long) for _ in range(2))
-        self.nfe = torch.ones(batch, dtype=torch.long)
+        self.nfe = torch.zeros(batch, dtype=torch.long) + evaluations(model.network, self.t)
 
     def run(self, target: int) -> None:
         """Bring all rows to `times[target]`, or as far as they may go."""
@@ -169,17 +170,19 @@ class _Rows:
         self.level[going], self.place[going] = 0, 0
         self.unit[torch.from_numpy(going)] = self.numbers(going, target, self.place[going], self.x)
         while len(going):
+            long = going
+            while len(long := long[self._length(long, target) > self.step[long]]):
+                self._halve(long, target)
             if self.solver.max_nfe is not None:
-                going = going[self.nfe.numpy()[going] < self.solver.max_nfe]
+                index = torch.from_numpy(going)
+                after = self.nfe[index] + self._cost(index, self._times(going, target, 1.0))
+                going = going[(after <= self.solver.max_nfe).numpy()]
                 if not len(going):
                     return
             going = going[~self._advance(going, target)]
 
     def _advance(self, rows: Rows, target: int) -> Mask:
-        """One step of some rows; says which have arrived."""
-        long = rows
-        while len(long := long[self._length(long, target) > self.step[long]]):
-            self._halve(long, target)
+        """One step of some rows, the interval that each stands at; says which have arrived."""
         index = torch.from_numpy(rows)
         x, value, t = self.x[index], self.value[index], self._times(rows, target, 1.0)
         start, end = Points.at(self.sde, self.t[index]), Points.at(self.sde, t)
@@ -203,13 +206,17 @@ class _Rows:
             raise shrunk(stuck, shortest, self.t[int(stuck[0])].item())
 
         kept, taken = index[torch.from_numpy(good)], torch.from_numpy(good)
-        self.nfe[index] += 1
+        self.nfe[index] += self._cost(index, t)
         self.accepted[kept] += 1
         self.rejected[index[~taken]] += 1
         self.x[kept], self.t[kept], self.value[kept] = new[taken], t[taken], arrived[taken]
         self._adapt(rows, self._length(rows, target), error, good)
         self._turn(rows[good])
         return good & (self.level[rows] == 0) & (self.place[rows] == 1)
+
+    def _cost(self, index: Tensor, t: Tensor) -> Count:
+        """Network evaluations of a call for some rows."""
+        return evaluations(self.model.rows(index, len(self.x)).network, t)
 
     def _adapt(self, rows: Rows, length: Array, error: Array, good: Mask) -> None:
         """The step that some rows want next."""

@@ -15,6 +15,7 @@ from sdediff.divergence import Divergence
 from sdediff.model import ScoreModel
 from sdediff.sde import SDE
 from sdediff.shapes import State
+from sdediff.wrapped import Count, evaluations
 
 
 def flat(x: State) -> State:
@@ -39,6 +40,9 @@ class WithLogDensity(SDE):
     def rows(self, index: Tensor, batch: int) -> WithLogDensity:
         vectors = self.vectors[:, index.to(self.vectors.device)] if self.divergence.random else self.vectors
         return WithLogDensity(self.model.rows(index, batch), self.divergence, vectors[:, : len(index)], self.event)
+
+    def evaluations(self, t: Tensor) -> Count:
+        return evaluations(self.model.network, t)
 
     def coefficients(self, t: Tensor, y: State) -> tuple[State, float]:
         return self.drift(t, y), 0.0

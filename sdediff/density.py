@@ -42,6 +42,7 @@ from sdediff.errors import DivergenceError
 from sdediff.exponential import Array, deviation_of, split_for
 from sdediff.model import ScoreModel
 from sdediff.shapes import Grid, PerRow, State, finite_or_raise, over, sum_rows
+from sdediff.wrapped import evaluations
 
 _ENTRIES_OF_JACOBIANS = 1 << 21
 
@@ -220,7 +221,7 @@ class FromData(DensityRows):
         self.blur = Blur(log_dets, torch.cat([blur.gap for blur in blurs]), torch.cat([blur.score for blur in blurs]))
         self.variance = self._spread(log_dets)
         self.fourth = self.variance**2
-        self.nfe += 1
+        self.nfe += evaluations(self.model.network, self.t)
         self.place += 1
         super().begin()
 

@@ -31,6 +31,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sdediff.errors import CapabilityError, DivergenceError, OptionError
 from sdediff.noise import NoiseStream
@@ -38,6 +39,7 @@ from sdediff.runge_kutta import TABLEAUS, Tableau
 from sdediff.sde import SDE
 from sdediff.shapes import Grid, State, over, sum_rows
 from sdediff.solvers import Solver, Step, Tally, merged, refuse_noise
+from sdediff.wrapped import Count
 
 Array: TypeAlias = NDArray[np.float64]
 Rows: TypeAlias = NDArray[np.integer[Any]]
@@ -54,7 +56,7 @@ class AdaptiveRungeKutta(Solver):
     Args:
         tableau: "dopri5", "bosh3", or a `Tableau` with an error of one order less.
         rtol, atol: error allowed in a step, relative and absolute.
-        max_nfe: network calls a row may take; one that runs out stays where it is, and `Solution.reached` says where.
+        max_nfe: network evaluations a row may take; one that runs out stays where it is, and `Solution.reached` says where.
     """
 
     _fixed: ClassVar[bool] = True
@@ -133,19 +135,18 @@ class _Rows:
         self.t = times[:1].repeat(batch)
         self.slope = process.coefficients(self.t, x)[0].clone()
         self.known = np.ones(batch, dtype=bool)
+        self.nfe = torch.zeros(batch, dtype=torch.long) + process.evaluations(self.t)
         self.step = self._first_steps()
         self.error, self.before = np.ones(batch), np.full(batch, np.nan)
         self.failed = np.zeros(batch, dtype=bool)
         self.accepted, self.rejected = (torch.zeros(batch, dtype=torch.long) for _ in range(2))
-        self.nfe = torch.full((batch,), 2)
 
     def run(self, target: int) -> None:
         """Bring all rows to `times[target]`, or as far as they may go."""
         going = np.flatnonzero(self.t.numpy() != self.ends[target])
         while len(going):
             if self.solver.max_nfe is not None:
-                after = self.nfe.numpy()[going] + len(self.method.b) - self.known[going]
-                going = going[after <= self.solver.max_nfe]
+                going = going[self._affordable(going, target, self.solver.max_nfe)]
                 if not len(going):
                     return
             going = going[~self._advance(going, target)]
@@ -153,20 +154,14 @@ class _Rows:
     def _advance(self, rows: Rows, target: int) -> Mask:
         """One step of some rows; says which have arrived."""
         index = torch.from_numpy(rows)
-        t, wanted = self.t.numpy()[rows], self.step[rows]
-        left = np.abs(self.ends[target] - t)
-        last = wanted >= 0.999 * left
-        length = np.where(last, left, np.where(wanted > left / 2, left / 2, wanted))
-        signed = math.copysign(1.0, self.span) * length
-        after = np.where(last, self.ends[target], t + signed)
-
+        wanted = self.step[rows]
+        length, signed, last, end, stages = self._proposed(rows, target)
         process, x = self.process.rows(index, len(self.x)), self.x[index]
         slopes = [self._first_slopes(rows)]
         h = over(torch.from_numpy(signed), x)
         with np.errstate(all="ignore"):
-            for part, weights in zip(self.method.c[1:], self.method.a[1:], strict=True):
-                at = after if part == 1 else t + part * signed
-                slopes.append(process.coefficients(torch.from_numpy(at), x + h * _total(weights, slopes))[0])
+            for at, weights in zip(stages, self.method.a[1:], strict=True):
+                slopes.append(process.coefficients(at, x + h * _total(weights, slopes))[0])
             new = x + h * _total(self.method.b, slopes)
             allowed = self.solver.atol + self.solver.rtol * torch.maximum(x.abs(), new.abs())
             error = norm(h * _total(self.method.error or (), slopes) / allowed)
@@ -176,13 +171,38 @@ class _Rows:
 
         moved = torch.from_numpy(good)
         kept = index[moved]
-        self.nfe[index] += len(slopes) - 1
+        self.nfe[index] += self._cost(index, stages)
         self.accepted[kept] += 1
         self.rejected[index[~moved]] += 1
-        self.x[kept], self.t[kept] = new[moved], torch.from_numpy(after)[moved]
+        self.x[kept], self.t[kept] = new[moved], end[moved]
         self.slope[kept] = slopes[-1][moved]
         self.known[rows[good]] = self.method.fsal
         return last & good
+
+    def _proposed(self, rows: Rows, target: int) -> tuple[Array, Array, Mask, Tensor, list[Tensor]]:
+        """The next step of some rows: length, with its sign, whether it ends on the target, where, and its stages."""
+        t, wanted = self.t.numpy()[rows], self.step[rows]
+        left = np.abs(self.ends[target] - t)
+        last = wanted >= 0.999 * left
+        length = np.where(last, left, np.where(wanted > left / 2, left / 2, wanted))
+        signed = math.copysign(1.0, self.span) * length
+        end = np.where(last, self.ends[target], t + signed)
+        stages = [end if part == 1 else t + part * signed for part in self.method.c[1:]]
+        return length, signed, last, torch.from_numpy(end), [torch.from_numpy(at) for at in stages]
+
+    def _cost(self, index: Tensor, stages: list[Tensor]) -> Count:
+        """Network evaluations of the stages of some rows, the first left out."""
+        process = self.process.rows(index, len(self.x))
+        return sum((process.evaluations(at) for at in stages), 0)
+
+    def _affordable(self, rows: Rows, target: int, budget: int) -> Mask:
+        """Which of some rows have network evaluations left for their next step."""
+        index = torch.from_numpy(rows)
+        first = self.process.rows(index, len(self.x)).evaluations(self.t[index])
+        stages = self._cost(index, self._proposed(rows, target)[-1])
+        after = self.nfe[index] + stages + first * torch.from_numpy(~self.known[rows])
+        affordable: Mask = (after <= budget).numpy()
+        return affordable
 
     def _first_slopes(self, rows: Rows) -> State:
         """The drift where some rows are; known, unless a pair that is not FSAL has just made a step."""
@@ -191,7 +211,7 @@ class _Rows:
             those = self.process.rows(index, len(self.x))
             self.slope[index] = those.coefficients(self.t[index], self.x[index])[0]
             self.known[rows] = True
-            self.nfe[index] += 1
+            self.nfe[index] += those.evaluations(self.t[index])
         return self.slope[torch.from_numpy(rows)]
 
     def _first_steps(self) -> Array:
@@ -203,6 +223,7 @@ class _Rows:
             trial = np.clip(np.nan_to_num(trial, nan=1e-6), 1e-6, 1.0)
             ahead = torch.from_numpy(self.span * trial)
             slope = self.process.coefficients(self.t + ahead, self.x + over(ahead, self.x) * self.slope)[0]
+            self.nfe += self.process.evaluations(self.t + ahead)
             change = norm((slope - self.slope) * self.span / allowed) / trial
             guess = (0.01 / np.maximum(speed, change)) ** (1 / self.method.order)
         return abs(self.span) * np.clip(guess, 1e-6, 100 * trial)

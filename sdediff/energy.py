@@ -64,15 +64,22 @@ def value_and_gradient(function: Callable[..., PerRow], x: State, *rest: Any) ->
     Raises:
         ShapeError: the function is not `(batch,)`.
     """
+    value, slope = value_and_slope(function, x, *rest)
+    with torch.inference_mode(False):
+        return value, x.new_zeros(x.shape) if slope is None else slope
+
+
+def value_and_slope(function: Callable[..., PerRow], x: State, *rest: Any) -> tuple[PerRow, State | None]:
+    """The same; None for the gradient of a value that was not computed from x, or not by differentiable operations."""
     check_state(x)
     graph = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         at = x if graph and x.requires_grad else x.detach().clone().requires_grad_()
         given = (part.clone() if isinstance(part, Tensor) and part.is_inference() else part for part in rest)
         value = one_a_row(function(at, *given), at)
-        if not value.requires_grad:  # it does not depend on x
-            return value, torch.zeros_like(at)
-        slope = torch.autograd.grad(value.sum(), at, create_graph=graph, allow_unused=True, materialize_grads=True)[0]
+        if not value.requires_grad:
+            return value, None
+        slope = torch.autograd.grad(value.sum(), at, create_graph=graph, allow_unused=True)[0]
     return (value if graph else value.detach()), slope
 
 

@@ -26,6 +26,7 @@ from sdediff.errors import OptionError
 from sdediff.model import ScoreModel
 from sdediff.sde import SDE, Along, Frame
 from sdediff.shapes import Grid, State, as_float64
+from sdediff.wrapped import Count, evaluations
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,9 @@ class Reverse(SDE):
 
     def rows(self, index: Tensor, batch: int) -> Reverse:
         return replace(self, model=self.model.rows(index, batch))
+
+    def evaluations(self, t: Tensor) -> Count:
+        return evaluations(self.model.network, t)
 
     @property
     def noisy(self) -> bool:

@@ -21,7 +21,7 @@ from sdediff.runge_kutta import RungeKutta
 from sdediff.sde import SDE, SLACK, check_grid
 from sdediff.shapes import Grid, State, as_time, check_state, finite_or_raise
 from sdediff.solvers import Solver
-from sdediff.wrapped import HoldsRows, evaluations
+from sdediff.wrapped import Counter as Counter
 
 
 def chunks_of(batch: int, batch_size: int | None) -> list[slice]:
@@ -30,30 +30,6 @@ def chunks_of(batch: int, batch_size: int | None) -> list[slice]:
         raise OptionError(f"batch_size must be at least 1; got {batch_size}.")
     size = batch_size or max(batch, 1)
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
-
-
-class Counter(HoldsRows):
-    """A network that counts its evaluations, also those of its parts for some rows of a batch."""
-
-    def __init__(self, network: Callable[..., Tensor], whole: Counter | None = None) -> None:
-        self.network = network
-        self.keeps_time = getattr(network, "keeps_time", False)
-        self.calls = 0
-        self._whole = whole
-
-    def __call__(self, *args: Any) -> Tensor:
-        self._count(evaluations(self.network, args[1]))
-        return self.network(*args)
-
-    def _count(self, calls: int) -> None:
-        self.calls += calls
-        if self._whole is not None:
-            self._whole._count(calls)
-
-    def rows(self, index: slice | Tensor, batch: int) -> Counter:
-        if not isinstance(self.network, HoldsRows):
-            return self
-        return Counter(self.network.rows(index, batch), self)
 
 
 def counted(model: ScoreModel) -> tuple[ScoreModel, Counter]:

@@ -123,6 +123,10 @@ class SDE(ABC):
         """This process for some rows of a batch, where rows have something of their own."""
         return self
 
+    def evaluations(self, t: Tensor) -> int | Tensor:
+        """Network evaluations of a call of the coefficients at times `(batch,)`, as `sdediff.wrapped` counts them."""
+        return 1
+
     @property
     def noisy(self) -> bool:
         """Whether the process has noise at all; a solver draws none where it has not."""

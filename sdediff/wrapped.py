@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from sdediff.shapes import Grid, State
 
 if TYPE_CHECKING:
     from sdediff.model import ScoreModel
+
+Count: TypeAlias = int | Tensor
+"""A number of network evaluations for all rows, or one for every row, `(batch,)`."""
 
 
 class HoldsRows(ABC):
@@ -31,6 +34,10 @@ class HoldsRows(ABC):
     @abstractmethod
     def rows(self, index: slice | Tensor, batch: int) -> HoldsRows:
         """The network for some rows of a batch."""
+
+    @abstractmethod
+    def evaluations(self, t: Tensor) -> Count:
+        """Network evaluations for every row of a call at times `(batch,)`; a tensor `(batch,)` where rows differ."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +73,7 @@ class Wrapped(HoldsRows):
     def rows(self, index: slice | Tensor, batch: int) -> Self:
         return replace(self, model=self.model.rows(index, batch))
 
-    def evaluations(self, t: Tensor) -> int:
-        """Network evaluations for every row of a call at times `(batch,)`."""
+    def evaluations(self, t: Tensor) -> Count:
         return evaluations(self.model.network, t)
 
     def modules(self) -> Iterator[torch.nn.Module]:
@@ -81,6 +87,34 @@ class Wrapped(HoldsRows):
         return iter(()) if parameters is None else parameters()
 
 
-def evaluations(network: Callable[..., Tensor], t: Tensor) -> int:
+class Counter(HoldsRows):
+    """A network that counts its evaluations, also those of its parts for some rows of a batch."""
+
+    def __init__(self, network: Callable[..., Tensor], whole: Counter | None = None) -> None:
+        self.network = network
+        self.keeps_time = getattr(network, "keeps_time", False)
+        self.calls = 0
+        self._whole = whole
+
+    def __call__(self, *args: Any) -> Tensor:
+        count = self.evaluations(args[1])
+        self._count(count if isinstance(count, int) else int(count.max()))
+        return self.network(*args)
+
+    def _count(self, calls: int) -> None:
+        self.calls += calls
+        if self._whole is not None:
+            self._whole._count(calls)
+
+    def rows(self, index: slice | Tensor, batch: int) -> Counter:
+        if not isinstance(self.network, HoldsRows):
+            return self
+        return Counter(self.network.rows(index, batch), self)
+
+    def evaluations(self, t: Tensor) -> Count:
+        return evaluations(self.network, t)
+
+
+def evaluations(network: Callable[..., Tensor], t: Tensor) -> Count:
     """Network evaluations for every row of a call at times `(batch,)`: one, if the network is not made of others."""
-    return network.evaluations(t) if isinstance(network, Wrapped) else 1
+    return network.evaluations(t) if isinstance(network, HoldsRows) else 1
