@@ -124,6 +124,7 @@ from sdediff.training import TrainedModel as TrainedModel
 from sdediff.training import fit as fit
 from sdediff.training import load as load
 from sdediff.training import save as save
+from sdediff.twisted import Product as Product
 from sdediff.twisted import smc as smc
 from sdediff.vae import VAE as VAE
 from sdediff.vae import HierarchicalVAE as HierarchicalVAE

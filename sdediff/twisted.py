@@ -1,8 +1,8 @@
 r"""A model times another density: weighted particles whose law is exactly `p(x) r(x) / Z`.
 
-Guidance adds `grad log r` to the score. What it samples is not `p r`: the score of the noised product is
-`grad log p_t + grad log E[r(x_0) | x_t]`, and r at the denoised estimate, or at x_t, is not that expectation. Here the
-same gradient only proposes, and weights make up for what is wrong with it.
+Guidance, here `Product`, adds `grad log r` to the score. What it samples is not `p r`: the score of the noised product
+is `grad log p_t + grad log E[r(x_0) | x_t]`, and r at the denoised estimate, or at x_t, is not that expectation. In
+`smc` the same gradient only proposes, and weights make up for what is wrong with it.
 
 The chain is that of `DDPM(variance)`, `p(x_T) prod_k p(x_s | x_t)`, `p(x_s | x_t) = N(m(x_t), V)`, along the times of
 a grid, and its outcome is `x_0 = E[x_0 | x_t]` at the last of them, or the last state. With any positive functions
@@ -46,8 +46,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdediff.draws import mix
-from sdediff.energy import one_a_row, value_and_gradient
-from sdediff.errors import DivergenceError, OptionError, ShapeError, TimeError
+from sdediff.energy import one_a_row, value_and_slope
+from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
+from sdediff.guidance import Scale, SimilarityGuidance
 from sdediff.model import ScoreModel
 from sdediff.noise import RowNoise
 from sdediff.particles import (
@@ -76,6 +77,24 @@ from sdediff.variance import EntryVariance, ReverseSteps, ReverseVariance, entri
 
 LogDensity: TypeAlias = Callable[[State], PerRow]
 Twist: TypeAlias = Callable[[Tensor, State], PerRow]
+
+
+def Product(model: ScoreModel, log_r: LogDensity, scale: Scale = 1.0, *, at: str = "denoised") -> ScoreModel:
+    """The plain gradient form, `score + w grad_x log r`: `SimilarityGuidance` by log r.
+
+    Cheap, for any solver, and biased: its samples follow `p r` only if r is near constant or log-linear. `smc` tells
+    how far off they are.
+
+    Args:
+        model: the score of p.
+        log_r: `(batch, *event)` to `(batch,)`, differentiable.
+        scale: w, a number, one for every row, or a function of the times.
+        at: "denoised" for r at `E[x_0 | x_t]`, "noisy" for r at the state.
+
+    Raises:
+        as `SimilarityGuidance`.
+    """
+    return SimilarityGuidance(model, log_r, scale, at=at)
 
 
 def smc(
@@ -113,7 +132,7 @@ def smc(
         twist: `log psi_t(x)` as a function of t (float64, `(batch,)`) and x that returns `(batch,)`, differentiable in
             x; None for `log_r` of the denoised estimate. Where `log_r` is -inf and a path could come back, psi must not
             be 0. The `log_prob` of a classifier of noised data is one.
-        shift: c, by how much of V grad log psi proposals move; 0 takes no gradient, so that none need exist.
+        shift: c, by how much of V grad log psi proposals move; with 0 no gradient is taken, so that none need exist.
         ess_threshold: particles are resampled before a step if their effective number is below this share of them: 0
             for never, 1 for always.
         resampling: "systematic", "multinomial" or "residual".
@@ -125,7 +144,8 @@ def smc(
         progress, dtype, device: as in `sample`.
 
     Raises:
-        OptionError, ShapeError, TimeError, CapabilityError: an argument does not fit; the message says how.
+        OptionError, ShapeError, TimeError, CapabilityError: an argument does not fit, such as a `log_r` without a
+            gradient; the message says how.
         DivergenceError: a state or a weight became NaN or infinite, or all weights 0; names the step and the time.
     """
     shape = _check(model, log_r, particles, twist, shift, ess_threshold, resampling, final, condition)
@@ -275,8 +295,14 @@ class _Chain:
             return self.log_r(self.in_x[k] * at + self.in_output[k] * output)
 
         if self.shift:
-            value, slope = value_and_gradient(log_psi, x)
-            slope = torch.where(over(value == -math.inf, x).bool(), 0, self.shift * slope)
+            value, gradient = value_and_slope(log_psi, x)
+            if gradient is None:
+                raise CapabilityError(
+                    f"{'log_r' if self.twist is None else 'twist'} has no gradient in x, by which proposals move: its "
+                    "value was computed without x, or by operations that are not differentiable (under no_grad, after "
+                    "detach(), by argmax or in numpy). Write it in differentiable torch operations, or shift=0."
+                )
+            slope = torch.where(over(value == -math.inf, x).bool(), 0, self.shift * gradient)
         else:
             value, slope = one_a_row(log_psi(x), x), torch.zeros_like(x)
         output = outputs[0] if outputs else self.output(k, x)

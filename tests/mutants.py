@@ -1702,7 +1702,9 @@ MUTANTS = [
         ("condition=rows_of(self.condition, index, batch))", "condition=self.condition)"),
         ("return self.network.known_times", "pass"),
     ),
-    *_of("wrapped", "wrapped", ("count = self.evaluations(args[1])", "count = 1"), ("self._whole._count(calls)", "pass")),
+    *_of(
+        "wrapped", "wrapped", ("count = self.evaluations(args[1])", "count = 1"), ("self._whole._count(calls)", "pass")
+    ),
     *_of("wrapped", "wrapped", ("return Counter(self.network.rows(index, batch), self)", "return self")),
     *_of(
         "wrapped",

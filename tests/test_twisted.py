@@ -1,5 +1,6 @@
 """Twisted sequential Monte Carlo against closed forms: chains of Gaussians, mixtures, and a sampler written out."""
 
+import itertools
 import math
 
 import pytest
@@ -32,13 +33,16 @@ def log_r(x):
 
 
 def no_r(x):
-    return x.new_zeros(len(x))
+    """r = 1, whose gradient exists and is 0."""
+    return 0 * x.reshape(len(x), -1).sum(1)
+
+
+MODES = [[-1.5, 0.0], [1.5, 0.5]]
 
 
 def plane():
     """Two modes of weights 0.3 and 0.7, far enough apart that nothing passes between."""
-    means = torch.tensor([[-1.5, 0.0], [1.5, 0.5]], dtype=F64)
-    return sd.exact.GaussianMixture(torch.tensor([0.3, 0.7]), means, torch.tensor([0.04, 0.36]))
+    return sd.exact.GaussianMixture(*(torch.tensor(v, dtype=F64) for v in ([0.3, 0.7], MODES, [0.04, 0.36])))
 
 
 def product(weights, means, variances, seen, width):
@@ -49,7 +53,7 @@ def product(weights, means, variances, seen, width):
     return torch.softmax(evidence, 0), means + gain * (seen - means), width**2 * gain[:, 0], evidence.logsumexp(0)
 
 
-PLANE = torch.tensor([0.3, 0.7], dtype=F64), plane()._means, torch.tensor([0.04, 0.36], dtype=F64)
+PLANE = tuple(torch.tensor(v, dtype=F64) for v in ([0.3, 0.7], MODES, [0.04, 0.36]))
 POINT, POINT_WIDTH = torch.tensor([-0.3, 0.2], dtype=F64), 0.8
 
 
@@ -57,10 +61,10 @@ def log_point(x):
     return normal(x, POINT.to(x), POINT_WIDTH)
 
 
-def exact_twist(t, x):
+def exact_twist(t, x, sde=VP):
     """`log E[r(x_0) | x_t = x]` in the plane: by the posteriors of the components."""
     weights, means, variances = PLANE
-    alpha, sigma = VP.scales_at(t)
+    alpha, sigma = sde.scales_at(t)
     alpha, sigma = alpha[:, None], sigma[:, None]
     total = alpha**2 * variances + sigma**2
     off = x[:, None] - alpha[..., None] * means
@@ -83,7 +87,7 @@ class Chain:
 
     def __init__(self, steps):
         times, self.a, self.b, self.v = grid_of(steps), [], [], []
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in itertools.pairwise(times):
             ends = torch.tensor([[0.0], [1.0]], dtype=F64)
             mean, std = VP.posterior(s, t, self.denoised(t, ends), ends)
             self.a.append((mean[1] - mean[0]).item())
@@ -157,11 +161,11 @@ def test_true_posterior_as_steps_grow():
     steps = (8, 16, 32, 64, 128)
     bias = [math.hypot(*(a - b for a, b in zip(Chain(n).product()[:2], true, strict=True))) for n in steps]
     assert fitted_order(bias[2:], steps[2:]) == pytest.approx(1, abs=0.2)
-    assert bias[-1] < 0.02
+    assert bias[-1] < 0.03
     for n in (8, 128):
         result = sd.smc(line().model(VP), log_r, (8000, 1), steps=n, seed=n)
         mean, variance, evidence = Chain(n).product()
-        value, stderr = result.expectation(lambda x: torch.cat([x, (x - mean) ** 2], dim=1))
+        value, stderr = result.expectation(lambda x, mean=mean: torch.cat([x, (x - mean) ** 2], dim=1))
         assert abs(value[0] - mean) < 4 * stderr[0]
         assert abs(value[1] - variance) < 4 * stderr[1]
         assert abs(result.log_evidence - evidence) < 4 * result.log_evidence_stderr
@@ -195,7 +199,7 @@ def written_out(model, log_r, count, event, steps, variance, log_psi, shift, thr
     prior = VP.prior(event, dtype=F64)
     x = prior.mean + prior.stddev * stream.normal(torch.empty(count, *event, dtype=F64))
     log_w, log_z = log_psi(times[0], x), 0.0
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in itertools.pairwise(times):
         probabilities = torch.softmax(log_w, 0)
         if 1 / probabilities.square().sum() < threshold * count:
             log_z += log_w.logsumexp(0) - math.log(count)
@@ -267,7 +271,7 @@ def test_no_r_is_ddpm(prediction, sde, variance, dtype):
     """r = 1 leaves samples as they are, bit for bit, their weights equal and the evidence one; in chunks as well."""
     torch.manual_seed(0)
     network = sd.TwoHeads(sd.networks.MLP((3, 2), width=8, heads=2)).to(dtype)
-    model = sd.ScoreModel(network, sde, prediction)
+    model = sd.ScoreModel(network, sde, prediction, time=sde.sigma)
     x = sd.sample(model, (40, 3, 2), solver=sd.DDPM(variance), steps=7, seed=5).x
     result = sd.smc(model, no_r, (40, 3, 2), steps=7, variance=variance, seed=5)
     assert torch.equal(result.x, x)
@@ -358,30 +362,40 @@ def test_weights_become_equal_as_steps_shrink():
     """With psi = E[r | x_t] of the process, the variance of log w falls like 1 / steps; by default it does not."""
     counts = (40, 80, 160, 320)
     best = [spread_of_weights(exact_twist, n) for n in counts]
-    assert fitted_order(best, counts) == pytest.approx(1, abs=0.25), best
+    assert 0.8 < fitted_order(best, counts) < 1.5, best  # the order of small steps, from above
     assert best[-1] < 0.02
     assert spread_of_weights(None, 320, 300) > 10 * best[-1]
 
 
 def test_leading_part_of_a_factor():
-    """It is `V (z^2 - 1) H / 2`: on Gaussians, where H depends on the time only, weights vary by `sum V^2 H^2 / 2`."""
-    steps, count = 400, 4000
-    chain, times = Chain(steps), grid_of(steps)
-    alpha, sigma = VP.scales_at(times[:-1])
-    total = alpha**2 * SPREAD**2 + sigma**2
-    gain, left = alpha * SPREAD**2 / total, SPREAD**2 * sigma**2 / total + WIDTH**2
-    hessian = -(gain**2) / left
+    """It is `V (z^T H z - tr H) / 2`, up to V^(3/2): one step in the plane, ever shorter."""
+    sde = sd.VP(0.1, 2.0)
+    model, lengths = plane().model(sde), (0.02, 0.005, 0.00125)
+    x = sde.prior((2,), dtype=F64).stddev * sd.RowNoise(5).open().normal(torch.empty(300, 2, dtype=F64))
+    t = torch.full((300,), sde.t_max, dtype=F64)
+    start = exact_twist(t, x, sde)
 
-    def twist(t, x):
-        k = int((times - t[0]).abs().argmin())
-        return normal(MEAN + gain[k] * (x - alpha[k] * MEAN), SEEN, left[k].sqrt())
+    def total(at):
+        return exact_twist(sde.t_max * torch.ones(len(at), dtype=F64), at, sde).sum()
 
-    options = {"steps": steps, "twist": twist, "ess_threshold": 0.0, "seed": 6}
-    result = sd.smc(line().model(VP), log_r, (count, 1), **options)
-    expected = (torch.tensor(chain.v, dtype=F64) ** 2 * hessian**2 / 2).sum()
-    start = VP.prior((1,), dtype=F64).stddev * sd.RowNoise(6).open().normal(torch.empty(count, 1, dtype=F64))
-    found = (result.log_weights - twist(times[:1], start)).var()
-    assert abs(found / expected - 1) < 0.2, (found, expected)  # of order steps^(-1/2) and the error of a variance
+    hessian = torch.autograd.functional.hessian(total, x).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    left = []
+    for length in lengths:
+        end = sde.t_max - length
+        result = sd.smc(
+            model,
+            lambda at, end=end: exact_twist(torch.full((len(at),), end, dtype=F64), at, sde),
+            (300, 2), times=[sde.t_max, end], final="none", ess_threshold=0.0, seed=5,
+            twist=lambda t, at: exact_twist(t, at, sde),
+        )  # fmt: skip
+        stream = sd.RowNoise(5).open()
+        stream.normal(x)
+        z = stream.normal(x)
+        variance = sde.posterior(torch.tensor(end), t[0], x, x)[1] ** 2
+        found = result.log_weights + result.log_evidence + math.log(300) - start
+        squares = torch.einsum("bi,bij,bj->b", z, hessian, z) - hessian.diagonal(dim1=1, dim2=2).sum(1)
+        left.append((found - variance * squares / 2).square().mean().sqrt().item())
+    assert fitted_order(left, [1 / length for length in lengths]) == pytest.approx(1.5, abs=0.15), left
 
 
 # Mixtures, where the gradient alone is wrong
@@ -402,9 +416,9 @@ def test_weights_of_modes():
     value, error = result.expectation(lambda x: x)
     assert bool(((value - exact_sample.mean(0)).abs() < 4 * error).all())
     for at in ("noisy", "denoised"):
-        x = sd.sample(sd.Product(model, log_point, at=at), (count, 2), solver=sd.DDPM(), steps=100, seed=1).x
+        x = sd.sample(sd.Product(model, log_point, at=at), (16000, 2), solver=sd.DDPM(), steps=100, seed=1).x
         guided = right(x).mean()
-        assert abs(guided - truth) > 5 * (guided * (1 - guided) / count).sqrt() + 0.02, (at, guided, truth)
+        assert abs(guided - truth) > 5 * (guided * (1 - guided) / 16000).sqrt(), (at, guided, truth)
 
 
 # Invariants
@@ -425,7 +439,7 @@ def test_factor_of_r():
 
 def test_events_of_any_shape():
     """An event is its entries: particles of (2, 1) are those of (2,) in another shape."""
-    image = sd.exact.GaussianMixture(torch.tensor([0.3, 0.7]), plane()._means.reshape(2, 2, 1), PLANE[2])
+    image = sd.exact.GaussianMixture(PLANE[0], PLANE[1].reshape(2, 2, 1), PLANE[2])
     flat = sd.smc(plane().model(VP), log_point, (64, 2), steps=6, seed=8)
     result = sd.smc(image.model(VP), lambda x: log_point(x[..., 0]), (64, 2, 1), steps=6, seed=8)
     torch.testing.assert_close(result.x[..., 0], flat.x, rtol=0, atol=1e-12)
@@ -480,11 +494,14 @@ def test_support():
         return torch.where(x[:, 0] > 0, 0.0, -math.inf).to(x)
 
     def twist(t, x):
+        return 3 * (x[:, 0].clamp(-1, 1) - 1)
+
+    def jump(t, x):
         return torch.where(x[:, 0] > 0, 0.0, -3.0).to(x)
 
     model, count = plane().model(VP), 4000
     share = (sd.sample(model, (40000, 2), solver=sd.DDPM(), steps=40, seed=12).x[:, 0] > 0).double().mean()
-    for options in ({"twist": twist}, {"twist": twist, "shift": 0.0}, {"twist": lambda t, x: no_r(x)}):
+    for options in ({"twist": twist}, {"twist": jump, "shift": 0.0}, {"twist": lambda t, x: no_r(x), "shift": 0.0}):
         result = sd.smc(model, right, (count, 2), steps=40, seed=11, **options)
         assert bool((result.x[result.log_weights > -math.inf][:, 0] > 0).all())
         assert bool((result.resample(500, 0)[:, 0] > 0).all())
@@ -580,7 +597,7 @@ def test_pure_noise():
 def broken(at, value):
     """A psi of one at all times but one."""
     times = grid_of(5)
-    return lambda t, x: torch.full((len(x),), value if t[0] == times[at] else 0.0, dtype=x.dtype)
+    return lambda t, x: no_r(x) + (value if t[0] == times[at] else 0.0)
 
 
 def test_weights_that_are_no_numbers():
@@ -601,10 +618,7 @@ def test_states_that_are_no_numbers():
     """The step of a network that fails, even where r does not see it."""
 
     def network(x, t):
-        return torch.where(over_late(t, x), math.nan, x)
-
-    def over_late(t, x):
-        return (t[:, None] < 0.3) & (torch.arange(2) == 1)
+        return torch.where((t[:, None] < 0.3) & (torch.arange(2) == 1), math.nan, x)
 
     model = sd.ScoreModel(network, VP, "data")
     first = int((grid_of(20)[:-1] < 0.3).nonzero()[0])
