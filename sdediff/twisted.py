@@ -82,8 +82,8 @@ Twist: TypeAlias = Callable[[Tensor, State], PerRow]
 def Product(model: ScoreModel, log_r: LogDensity, scale: Scale = 1.0, *, at: str = "denoised") -> ScoreModel:
     """The plain gradient form, `score + w grad_x log r`: `SimilarityGuidance` by log r.
 
-    Cheap, for any solver, and biased: its samples follow `p r` only if r is near constant or log-linear. `smc` tells
-    how far off they are.
+    Cheap, for any solver, and biased: its samples follow `p r` in special cases only, such as a log-linear r on Gaussian
+    data with `at="denoised"`. `smc` tells how far off they are.
 
     Args:
         model: the score of p.
@@ -139,7 +139,8 @@ def smc(
         final: "denoise" if the outcome of the chain is the denoised mean at the last time (one more evaluation), "none"
             if it is the state.
         seed: decides all; None draws one from torch's global generator. `batch_size` does not change the result.
-        condition: passed to the network, the same for all particles, which take each other's places.
+        condition: passed to the network; the same for all particles, which take each other's places, and so must be
+            what a guided model holds for its rows.
         batch_size: particles that the network sees at a time; all if None.
         progress, dtype, device: as in `sample`.
 
