@@ -1730,7 +1730,6 @@ MUTANTS = [
         ("- shift).ceil()", "- shift).floor()"),
         ("(n * (cumulative / cumulative[-1])", "(n * cumulative"),
         ("levels * cumulative[-1], right=True", "levels, right=True"),
-        ("right=True", "right=False"),
         ("levels = torch.rand(n, ", "levels = torch.rand(1, "),
         ("(expected * (1 + _ROUNDING)).floor()", "expected.floor()"),
         ("multinomial((expected - counts).clamp(min=0), left", "multinomial(expected, left"),

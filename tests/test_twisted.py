@@ -79,6 +79,26 @@ def grid_of(steps, t_min=None):
     return sd.grids.natural(VP, steps, t_min=t_min)
 
 
+# The gradient form
+
+
+def test_gradient_form():
+    """`score + w grad log r`, at the denoised estimate unless told otherwise; a score, and no density."""
+    model = plane().model(VP)
+    x, t = torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0)), torch.tensor(0.4, dtype=F64)
+    at = x.clone().requires_grad_()
+    xhat = model.denoised(t, at)
+    through = torch.autograd.grad(log_point(xhat).sum(), at)[0]
+    for options, slope in (({}, through), ({"at": "noisy"}, (POINT - x) / POINT_WIDTH**2)):
+        guided = sd.Product(model, log_point, 1.7, **options)
+        torch.testing.assert_close(guided.score(t, x), model.score(t, x) + 1.7 * slope, rtol=0, atol=1e-10)
+        with pytest.raises(CapabilityError, match="no log-density.*not the noised versions of any density"):
+            sd.log_prob(guided, x)
+    torch.testing.assert_close(
+        sd.Product(model, log_point).score(t, x), model.score(t, x) + through, rtol=0, atol=1e-10
+    )
+
+
 # The chain of DDPM on Gaussian data
 
 
