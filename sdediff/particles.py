@@ -125,14 +125,14 @@ def ancestors(log_weights: PerRow, n: int, method: str, generator: torch.Generat
     largest = log_weights.max()
     if not bool(largest.isfinite()):
         raise OptionError(f"Resampling needs a positive, finite weight; the largest log-weight is {largest:g}.")
-    weights = (log_weights.to("cpu", torch.float64) - largest.cpu()).exp()
+    weights = (log_weights - largest).cpu().to(torch.float64).exp()
     counts = RESAMPLINGS[method](weights, n, generator)
     return torch.repeat_interleave(torch.arange(len(weights)), counts)
 
 
 def check_resampling(method: object) -> None:
     """Refuse a scheme that has no name here."""
-    if method not in RESAMPLINGS:
+    if not isinstance(method, str) or method not in RESAMPLINGS:
         raise OptionError(f"Unknown resampling {method!r}: write one of {', '.join(map(repr, RESAMPLINGS))}.")
 
 
@@ -202,7 +202,7 @@ class Particles:
                 f"The function must return a tensor with an entry for every particle, shape ({len(self.x)}, ...); "
                 f"got {got}."
             )
-        flat = values.detach().to("cpu", torch.float64).reshape(len(values), -1)
+        flat = values.detach().cpu().to(torch.float64).reshape(len(values), -1)
         mean = self.weights @ flat
         stderr = family_error(by_family(self.weights[:, None] * (flat - mean), self.families))
         return Expectation(mean.reshape(values.shape[1:]), stderr.reshape(values.shape[1:]))
@@ -213,7 +213,7 @@ class Particles:
 
     def cov(self) -> Tensor:
         """The weighted covariance over flattened events, `(D, D)`, in the dtype of x."""
-        flat = self.x.reshape(len(self.x), -1).to("cpu", torch.float64)
+        flat = self.x.reshape(len(self.x), -1).cpu().to(torch.float64)
         centred = flat - self.weights @ flat
         return ((self.weights[:, None] * centred).mT @ centred).to(self.x)
 

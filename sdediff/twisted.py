@@ -312,7 +312,7 @@ class _Chain:
 
 
 def _wide(values: PerRow) -> PerRow:
-    return values.to("cpu", torch.float64)
+    return values.cpu().to(torch.float64)
 
 
 def _weights(log_factors: PerRow, log_psi: PerRow, step: int, t: Tensor) -> PerRow:

@@ -1733,7 +1733,7 @@ MUTANTS = [
         ("levels = torch.rand(n, ", "levels = torch.rand(1, "),
         ("(expected * (1 + _ROUNDING)).floor()", "expected.floor()"),
         ("multinomial((expected - counts).clamp(min=0), left", "multinomial(expected, left"),
-        ("- largest.cpu()).exp()", ").exp()"),
+        ("(log_weights - largest).cpu()", "log_weights.cpu()"),
         ("not bool(largest.isfinite())", "largest.isnan()"),
         (
             "family_error(by_family(self.weights[:, None] * (flat - mean), self.families))",
