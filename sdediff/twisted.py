@@ -82,8 +82,8 @@ Twist: TypeAlias = Callable[[Tensor, State], PerRow]
 def Product(model: ScoreModel, log_r: LogDensity, scale: Scale = 1.0, *, at: str = "denoised") -> ScoreModel:
     """The plain gradient form, `score + w grad_x log r`: `SimilarityGuidance` by log r.
 
-    Cheap, for any solver, and biased: its samples follow `p r` in special cases only, such as a log-linear r on Gaussian
-    data with `at="denoised"`. `smc` tells how far off they are.
+    Cheap, for any solver, and biased: its samples follow `p r` in special cases only, such as a log-linear r on
+    Gaussian data with `at="denoised"`. `smc` tells how far off they are.
 
     Args:
         model: the score of p.

@@ -92,7 +92,7 @@ def test_gradient_form():
     for options, slope in (({}, through), ({"at": "noisy"}, (POINT - x) / POINT_WIDTH**2)):
         guided = sd.Product(model, log_point, 1.7, **options)
         torch.testing.assert_close(guided.score(t, x), model.score(t, x) + 1.7 * slope, rtol=0, atol=1e-10)
-        with pytest.raises(CapabilityError, match="no log-density.*not the noised versions of any density"):
+        with pytest.raises(CapabilityError, match=r"no log-density.*not the noised versions of any density"):
             sd.log_prob(guided, x)
     torch.testing.assert_close(
         sd.Product(model, log_point).score(t, x), model.score(t, x) + through, rtol=0, atol=1e-10
