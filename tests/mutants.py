@@ -1841,7 +1841,6 @@ MUTANTS = [
         ),
     ),
     *_of("wrapped", "guidance", ("return network.evaluations(t) if isinstance(network, HoldsRows) else 1", "return 1")),
-    ),
     *_of(
         "particles",
         "particles",
