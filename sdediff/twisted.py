@@ -124,17 +124,17 @@ def smc(
 
     Args:
         model: the score and the SDE; guided models too, whose chain then takes the place of p.
-        log_r: `log r`, `(batch, *event)` to `(batch,)`, up to a constant, which moves `log_evidence` alone; -inf is
-            legal. A gradient that is only near the true one is, too: it proposes, and weights do not see it.
+        log_r: `log r`, `(batch, *event)` to `(batch,)`, up to a constant, which moves `log_evidence` alone. A gradient
+            that is only near the true one does: it proposes, and weights do not see it. Where r is 0, -inf, give a
+            `twist` that is finite: a resampling drops all particles of psi = 0, also those that would come back.
         particles: `(particles, *event)`, at least two.
         steps, times, t_min: as in `sample`; times must start at `t_max`.
         variance: of the kernels, as in `DDPM`.
         twist: `log psi_t(x)` as a function of t (float64, `(batch,)`) and x that returns `(batch,)`, differentiable in
-            x; None for `log_r` of the denoised estimate. Where `log_r` is -inf and a path could come back, psi must not
-            be 0. The `log_prob` of a classifier of noised data is one.
+            x; None for `log_r` of the denoised estimate. The `log_prob` of a classifier of noised data is one.
         shift: c, by how much of V grad log psi proposals move; with 0 no gradient is taken, so that none need exist.
         ess_threshold: particles are resampled before a step if their effective number is below this share of them: 0
-            for never, 1 for always.
+            for never, 1 for always, unless all weights are equal.
         resampling: "systematic", "multinomial" or "residual".
         final: "denoise" if the outcome of the chain is the denoised mean at the last time (one more evaluation), "none"
             if it is the state.
