@@ -14,6 +14,7 @@ from sdediff import guidance as guidance
 from sdediff import losses as losses
 from sdediff import metrics as metrics
 from sdediff import networks as networks
+from sdediff import particles as particles
 from sdediff import signals as signals
 from sdediff import subsequences as subsequences
 from sdediff import testing as testing
@@ -93,6 +94,8 @@ from sdediff.noise import RowNoise as RowNoise
 from sdediff.observation import CategoricalLikelihood as CategoricalLikelihood
 from sdediff.observation import GaussianLikelihood as GaussianLikelihood
 from sdediff.optimise import train as train
+from sdediff.particles import Expectation as Expectation
+from sdediff.particles import Particles as Particles
 from sdediff.priors import matched_prior as matched_prior
 from sdediff.processes import EDM as EDM
 from sdediff.processes import VE as VE
@@ -123,6 +126,8 @@ from sdediff.training import TrainedModel as TrainedModel
 from sdediff.training import fit as fit
 from sdediff.training import load as load
 from sdediff.training import save as save
+from sdediff.twisted import Product as Product
+from sdediff.twisted import smc as smc
 from sdediff.vae import VAE as VAE
 from sdediff.vae import HierarchicalVAE as HierarchicalVAE
 from sdediff.vae import ImportanceLogProb as ImportanceLogProb

@@ -131,7 +131,7 @@ class _Rows:
             from_x, from_output = torch.zeros_like(table.A), torch.ones_like(table.A)
         else:
             from_x, from_output = model.weights(table.times[:-1], *table.remembers)
-        _check_finite(model, table, torch.cat([torch.stack([table.A, from_x, from_output], 1), table.B], 1))
+        refuse_infinite(model, table, torch.cat([torch.stack([table.A, from_x, from_output], 1), table.B], 1))
         negligible = bool((from_x.abs() < _NEGLIGIBLE).all())
         return cls(table, None if negligible else from_x.tolist(), from_output.tolist())
 
@@ -267,7 +267,7 @@ class _List:
         return after
 
 
-def _check_finite(model: ScoreModel, table: Table, rows: Tensor) -> None:
+def refuse_infinite(model: ScoreModel, table: Table, rows: Tensor) -> None:
     if bool(rows.isfinite().all()):
         return
     t = table.times[int((~rows.isfinite()).any(1).nonzero()[0])].item()
