@@ -16,9 +16,7 @@ distance of its features; Szegedy et al. 2016 (arXiv:1512.00567), Inception-v3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -29,17 +27,9 @@ from sdediff import digits as data
 from sdediff.draws import mix
 from sdediff.errors import ShapeError
 from sdediff.optimise import train
+from sdediff.sets import Features as Features
+from sdediff.sets import Rows
 from sdediff.shapes import PerRow, State
-
-Rows: TypeAlias = Float[Tensor, "n d"]
-
-
-@runtime_checkable
-class Features(Protocol):
-    """Anything that maps samples to vectors in which they are compared."""
-
-    def features(self, x: State) -> Rows:
-        """`(n, *event)` to `(n, d)`."""
 
 
 class DigitsClassifier(nn.Module):
@@ -130,18 +120,3 @@ def _moved(x: State) -> State:
     rows = (down + torch.arange(height))[:, None, :, None]
     columns = (right + torch.arange(width))[:, None, None, :]
     return F.pad(x, (1, 1, 1, 1), value=-1.0)[torch.arange(n)[:, None, None, None], 0, rows, columns]
-
-
-def extract(features: Features | Callable[[State], Rows] | None, x: State) -> Tensor:
-    """Samples in the space of their features, `(n, d)`; flat samples if there are none.
-
-    Raises:
-        ShapeError: the features are not one vector a sample.
-    """
-    if features is None:
-        return x.reshape(len(x), -1)
-    with torch.no_grad():
-        out = features.features(x) if isinstance(features, Features) else features(x)
-    if out.ndim != 2 or len(out) != len(x):
-        raise ShapeError(f"Features must be one vector a sample, ({len(x)}, d); got {tuple(out.shape)}.")
-    return out
