@@ -16,6 +16,7 @@ distance of its features; Szegedy et al. 2016 (arXiv:1512.00567), Inception-v3.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -25,11 +26,14 @@ from torch.nn import functional as F
 
 from sdediff import digits as data
 from sdediff.draws import mix
-from sdediff.errors import ShapeError
+from sdediff.errors import CheckpointError, ShapeError, optional_import
 from sdediff.optimise import train
 from sdediff.sets import Features as Features
 from sdediff.sets import Rows
 from sdediff.shapes import PerRow, State
+
+_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+_DIGEST = "6726825d"
 
 
 class DigitsClassifier(nn.Module):
@@ -120,3 +124,62 @@ def _moved(x: State) -> State:
     rows = (down + torch.arange(height))[:, None, :, None]
     columns = (right + torch.arange(width))[:, None, None, :]
     return F.pad(x, (1, 1, 1, 1), value=-1.0)[torch.arange(n)[:, None, None, None], 0, rows, columns]
+
+
+class Inception(nn.Module):
+    """The Inception network of published FID and inception scores, by torch-fidelity (extra `fid`).
+
+    Images `(n, 3, height, width)` in [-1, 1] are rounded to bytes, values beyond clipped as in a file of an image, and
+    scaled to 299 x 299 as by the TensorFlow original. `frechet_distance(a, b, Inception())` is the FID, and
+    `inception_score(Inception().probs(a), splits=10)` the published score.
+
+    Args:
+        weights: the file `weights-inception-2015-12-05-6726825d.pth`; None looks for it where torch.hub keeps files.
+
+    Raises:
+        CheckpointError: the file is not there, or not the published one.
+        MissingExtraError: torch-fidelity is not installed.
+    """
+
+    def __init__(self, weights: str | Path | None = None) -> None:
+        super().__init__()
+        path = Path(torch.hub.get_dir(), "checkpoints", _INCEPTION) if weights is None else Path(weights)
+        if not path.is_file():
+            raise CheckpointError(
+                f"There are no weights of the Inception network at {path}. Download "
+                f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION} and put it there, or "
+                "give its place with Inception(weights=...)."
+            )
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not found.startswith(_DIGEST):  # before it is unpickled, which runs what a forged file says
+            raise CheckpointError(
+                f"{path} is not the published file of weights: its SHA-256 begins with {found[:8]}, not {_DIGEST}. "
+                "Download it anew."
+            )
+        source = optional_import("torch_fidelity.feature_extractor_inceptionv3", "fid")
+        self.network = source.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
+
+    def forward(self, x: State) -> tuple[Rows, Rows]:
+        """The last pooled layer `(n, 2048)` and the logits without bias `(n, 1008)`, 64 images at a time.
+
+        Raises:
+            ShapeError: x are no images of three channels.
+        """
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ShapeError(
+                f"The Inception network sees images (n, 3, height, width) in [-1, 1]; got {tuple(x.shape)}. "
+                "Images of one channel want x.expand(-1, 3, -1, -1)."
+            )
+        images = ((x.detach() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        with torch.no_grad():
+            parts = [self.network(part) for part in torch.split(images, 64)]
+        pooled, logits = (torch.cat(values) for values in zip(*parts, strict=True))
+        return pooled, logits
+
+    def features(self, x: State) -> Rows:
+        """The last pooled layer, `(n, 2048)`, without gradients."""
+        return self(x)[0]
+
+    def probs(self, x: State) -> Float[Tensor, "n 1008"]:
+        """The probability of each class, float64, without gradients."""
+        return self(x)[1].double().softmax(-1)
