@@ -43,7 +43,7 @@ class DigitsClassifier(nn.Module):
         accuracy: the share of its test digits that it labels right; NaN before training.
     """
 
-    def __init__(self, channels: int = 32, width: int = 64) -> None:
+    def __init__(self, channels: int = 16, width: int = 64) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(1, channels, 3, padding=1), nn.GroupNorm(8, channels), nn.SiLU(),
@@ -80,7 +80,7 @@ def digits(
     train_rows: int = 1500,
     seed: int = 0,
     *,
-    steps: int = 800,
+    steps: int = 600,
     folder: str | Path | None = None,
     progress: bool = False,
 ) -> DigitsClassifier:
