@@ -1727,7 +1727,7 @@ MUTANTS = [
         ("apart = (mean1 - mean2)", "apart = (mean1 + mean2)"),
         ("svdvals(factor1 @ factor2.T)", "svdvals(factor1.T @ factor2)"),
         ("torch.where(values > noise, values, 0).sqrt()", "values.abs()"),
-        ("- torch.xlogy(part, marginal)", "- torch.xlogy(marginal, marginal)"),
+        ("- torch.xlogy(part, marginal)", "+ torch.xlogy(part, marginal)"),
         ("(torch.xlogy(part, part) - ", "(part * part.log() - "),
         ("marginal = part.mean(0)", "marginal = probs.mean(0)"),
         ("return sum(scores) / splits", "return max(scores)"),

@@ -122,6 +122,8 @@ def test_halves_are_without_repetition_and_rows_keep_their_shape():
     assert torch.equal(seen[0][0], x)
     assert all(a.shape == (3, 1) and b.shape == (4, 1, 1) for a, b in seen[1:])
     assert all(len(c.unique()) == len(c) for pair in seen[1:] for c in pair)
+    chosen = {(tuple(a.flatten().tolist()), tuple(b.flatten().tolist())) for a, b in seen[1:]}
+    assert len(chosen) > 40, "of 7 and of 8 rows there are many halves, and each is drawn anew"
     counts = torch.cat([a.flatten() for a, _ in seen[1:]]).long().bincount(minlength=7)
     # binomial: 50 halves hold a row with probability 3/7
     assert (counts - 50 * 3 / 7).abs().max() < 4 * math.sqrt(50 * 12 / 49)

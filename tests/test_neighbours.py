@@ -74,6 +74,13 @@ def test_a_set_holds_itself():
     assert density_coverage(b.flip(0), b, k=3) == (pytest.approx(4 / 3), 1)
 
 
+def test_the_rim_belongs_to_the_ball():
+    """Balls of radius 1 about 0 and 1: of samples at 2 and 5, one is at the rim of one ball."""
+    a, b = torch.tensor([[2.0], [5.0]]), torch.tensor([[0.0], [1.0]])
+    assert precision_recall(a, b, k=1) == (0.5, 1)
+    assert density_coverage(a, b, k=1) == (0.5, 0.5)
+
+
 def test_disjoint_sets_hold_nothing_of_each_other():
     a, b = drawn(20, 2), 100 + drawn(30, 2)
     assert precision_recall(a, b) == (0, 0)
