@@ -9,7 +9,7 @@ All take sets `(n, *event)` of any event shape and compute in float64. For indep
 | `sliced_wasserstein` | root mean square of W_2 over projections on random lines | P = Q | up |
 | `wasserstein` | W_p: the least (E d(a, b)^p)^(1/p) over all couplings | P = Q | up, as n^(-1/d) in many dimensions d |
 | `frechet_distance` | W_2^2 of the normals with the moments of P and Q | moments agree | up, as 1/n |
-| `precision_recall`, `density_coverage` | shares of balls of nearest neighbours | (no distance) | see `sdediff.neighbours` |
+| `precision_recall`, `density_coverage` | shares of balls of neighbours | (no distance) | see `sdediff.neighbours` |
 | `classifier_two_sample` | accuracy of a classifier of P against Q | 1/2 where P = Q | see `sdediff.two_sample` |
 
 `inception_score` sees only samples, through the probabilities of a classifier. `bootstrap(metric, a, b)` adds a

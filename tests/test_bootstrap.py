@@ -110,6 +110,15 @@ def test_tuples_of_numbers_get_an_error_each():
     assert isinstance(bootstrap(lambda x: (mean(x), spread(x)), a), tuple)
 
 
+def test_options_reach_the_metric_for_the_set_and_its_halves():
+    def scaled(x, scale=1.0):
+        return scale * x.mean().item()
+
+    x = drawn(20)
+    one, three = bootstrap(scaled, x), bootstrap(scaled, x, scale=3.0)
+    assert three == pytest.approx([3 * number for number in one], rel=1e-9)
+
+
 def test_halves_are_without_repetition_and_rows_keep_their_shape():
     seen = []
 
