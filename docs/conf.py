@@ -54,7 +54,8 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False
 autodoc_type_aliases = {
-    name: name for name in ("State", "Trajectory", "PerRow", "Codes", "Grid", "Time", "Step", "Combination", "Check")
+    name: name
+    for name in ("State", "Trajectory", "PerRow", "Codes", "Grid", "Time", "Step", "Combination", "Check", "Rows")
 }
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

@@ -16,9 +16,8 @@ distance of its features; Szegedy et al. 2016 (arXiv:1512.00567), Inception-v3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -27,19 +26,14 @@ from torch.nn import functional as F
 
 from sdediff import digits as data
 from sdediff.draws import mix
-from sdediff.errors import ShapeError
+from sdediff.errors import CheckpointError, ShapeError, optional_import
 from sdediff.optimise import train
+from sdediff.sets import Features as Features
+from sdediff.sets import Rows
 from sdediff.shapes import PerRow, State
 
-Rows: TypeAlias = Float[Tensor, "n d"]
-
-
-@runtime_checkable
-class Features(Protocol):
-    """Anything that maps samples to vectors in which they are compared."""
-
-    def features(self, x: State) -> Rows:
-        """`(n, *event)` to `(n, d)`."""
+_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+_DIGEST = "6726825d"
 
 
 class DigitsClassifier(nn.Module):
@@ -49,7 +43,7 @@ class DigitsClassifier(nn.Module):
         accuracy: the share of its test digits that it labels right; NaN before training.
     """
 
-    def __init__(self, channels: int = 32, width: int = 64) -> None:
+    def __init__(self, channels: int = 16, width: int = 64) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(1, channels, 3, padding=1), nn.GroupNorm(8, channels), nn.SiLU(),
@@ -86,7 +80,7 @@ def digits(
     train_rows: int = 1500,
     seed: int = 0,
     *,
-    steps: int = 800,
+    steps: int = 600,
     folder: str | Path | None = None,
     progress: bool = False,
 ) -> DigitsClassifier:
@@ -132,16 +126,60 @@ def _moved(x: State) -> State:
     return F.pad(x, (1, 1, 1, 1), value=-1.0)[torch.arange(n)[:, None, None, None], 0, rows, columns]
 
 
-def extract(features: Features | Callable[[State], Rows] | None, x: State) -> Tensor:
-    """Samples in the space of their features, `(n, d)`; flat samples if there are none.
+class Inception(nn.Module):
+    """The Inception network of published FID and inception scores, by torch-fidelity (extra `fid`).
+
+    Images `(n, 3, height, width)` in [-1, 1] are rounded to bytes, values beyond clipped as in a file of an image, and
+    scaled to 299 x 299 as by the TensorFlow original. `frechet_distance(a, b, Inception())` is the FID, and
+    `inception_score(Inception().probs(a), splits=10)` the published score.
+
+    Args:
+        weights: the file `weights-inception-2015-12-05-6726825d.pth`; None looks for it where torch.hub keeps files.
 
     Raises:
-        ShapeError: the features are not one vector a sample.
+        CheckpointError: the file is not there, or not the published one.
+        MissingExtraError: torch-fidelity is not installed.
     """
-    if features is None:
-        return x.reshape(len(x), -1)
-    with torch.no_grad():
-        out = features.features(x) if isinstance(features, Features) else features(x)
-    if out.ndim != 2 or len(out) != len(x):
-        raise ShapeError(f"Features must be one vector a sample, ({len(x)}, d); got {tuple(out.shape)}.")
-    return out
+
+    def __init__(self, weights: str | Path | None = None) -> None:
+        super().__init__()
+        path = Path(torch.hub.get_dir(), "checkpoints", _INCEPTION) if weights is None else Path(weights)
+        if not path.is_file():
+            raise CheckpointError(
+                f"There are no weights of the Inception network at {path}. Download "
+                f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION} and put it there, or "
+                "give its place with Inception(weights=...)."
+            )
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not found.startswith(_DIGEST):  # before it is unpickled, which runs what a forged file says
+            raise CheckpointError(
+                f"{path} is not the published file of weights: its SHA-256 begins with {found[:8]}, not {_DIGEST}. "
+                "Download it anew."
+            )
+        source = optional_import("torch_fidelity.feature_extractor_inceptionv3", "fid")
+        self.network = source.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
+
+    def forward(self, x: State) -> tuple[Rows, Rows]:
+        """The last pooled layer `(n, 2048)` and the logits without bias `(n, 1008)`, 64 images at a time.
+
+        Raises:
+            ShapeError: x are no images of three channels.
+        """
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ShapeError(
+                f"The Inception network sees images (n, 3, height, width) in [-1, 1]; got {tuple(x.shape)}. "
+                "Images of one channel want x.expand(-1, 3, -1, -1)."
+            )
+        images = ((x.detach() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        with torch.no_grad():
+            parts = [self.network(part) for part in torch.split(images, 64)]
+        pooled, logits = (torch.cat(values) for values in zip(*parts, strict=True))
+        return pooled, logits
+
+    def features(self, x: State) -> Rows:
+        """The last pooled layer, `(n, 2048)`, without gradients."""
+        return self(x)[0]
+
+    def probs(self, x: State) -> Float[Tensor, "n 1008"]:
+        """The probability of each class, float64, without gradients."""
+        return self(x)[1].double().softmax(-1)

@@ -1,42 +1,126 @@
-r"""Distances between two sets of samples, in the space of the samples themselves.
+r"""Metrics: how far two sets of samples are from having one distribution.
 
-- `sliced_wasserstein`: the root mean square over random directions of the 2-Wasserstein distance between projections.
-- `energy_distance`: `2 E|a - b| - E|a - a'| - E|b - b'|`, zero if and only if the distributions agree; the unbiased
-  estimate, which may come out slightly negative.
+All take sets `(n, *event)` of any event shape and compute in float64. For independent a, a' ~ P and b, b' ~ Q:
 
-References: Rabin et al. 2012; Szekely and Rizzo 2013.
+| metric | what it is | zero if and only if | bias |
+|---|---|---|---|
+| `energy_distance` | 2 E d(a, b) - E d(a, a') - E d(b, b') | P = Q | none |
+| `mmd` | E k(a, a') + E k(b, b') - 2 E k(a, b), k a Gaussian of the distance | P = Q | none |
+| `sliced_wasserstein` | root mean square of W_2 over projections on random lines | P = Q | up |
+| `wasserstein` | W_p: the least (E d(a, b)^p)^(1/p) over all couplings | P = Q | up, as n^(-1/d) in many dimensions d |
+| `frechet_distance` | W_2^2 of the normals with the moments of P and Q | moments agree | up, as 1/n |
+| `precision_recall`, `density_coverage` | shares of balls of neighbours | (no distance) | see `sdediff.neighbours` |
+| `classifier_two_sample` | accuracy of a classifier of P against Q | 1/2 where P = Q | see `sdediff.two_sample` |
+
+`inception_score` sees only samples, through the probabilities of a classifier. `bootstrap(metric, a, b)` adds a
+standard error to any of them (`sdediff.bootstrap`).
+
+The Frechet distance is
+
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+
+With factors `S = R^T R`, the trace of the root is the sum of the singular values of `R1 R2^T`. No root of a matrix is
+taken and no imaginary part dropped, and a singular covariance, of fewer samples than features, costs no accuracy.
+
+References: Szekely and Rizzo 2013, energy; Gretton et al. 2012, MMD; Rabin et al. 2012, sliced Wasserstein; Peyre and
+Cuturi 2019 (arXiv:1803.00567), Wasserstein; Dowson and Landau 1982, Heusel et al. 2017 (arXiv:1706.08500), Frechet;
+Salimans et al. 2016 (arXiv:1606.03498), inception score.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sdediff.errors import ShapeError
+from sdediff.bootstrap import Estimate as Estimate
+from sdediff.bootstrap import bootstrap as bootstrap
+from sdediff.errors import OptionError, ShapeError, optional_import
+from sdediff.neighbours import DensityCoverage as DensityCoverage
+from sdediff.neighbours import PrecisionRecall as PrecisionRecall
+from sdediff.neighbours import density_coverage as density_coverage
+from sdediff.neighbours import precision_recall as precision_recall
+from sdediff.sets import Features, Rows, distances, extract, mean_between, mean_within, pair, vectors
+from sdediff.shapes import State, as_float64
+from sdediff.two_sample import TwoSample as TwoSample
+from sdediff.two_sample import classifier_two_sample as classifier_two_sample
 
-
-def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    if a.shape[1:] != b.shape[1:] or len(a) < 2 or len(b) < 2:
-        raise ShapeError(
-            "Two sets of at least two samples of one event shape are needed; "
-            f"got {tuple(a.shape)} and {tuple(b.shape)}."
-        )
-    return a.reshape(len(a), -1).double(), b.reshape(len(b), -1).double()
+_MEDIAN_ROWS = 1000
+_EPS = torch.finfo(torch.float64).eps
 
 
 def energy_distance(a: Float[Tensor, " m *event"], b: Float[Tensor, " n *event"]) -> float:
-    """Energy distance between the distributions of two sample sets (unbiased)."""
-    a, b = _pair(a, b)
-    within = sum(torch.cdist(c, c).sum().item() / (len(c) * (len(c) - 1)) for c in (a, b))
-    return 2 * torch.cdist(a, b).mean().item() - within
+    """Energy distance between the distributions of two sets, in units of the samples (unbiased, may be negative).
+
+    Raises:
+        ShapeError: the sets do not compare.
+        OptionError: a sample is not finite.
+    """
+    a, b = pair(a, b)
+    itself = torch.clone
+    return 2 * mean_between(a, b, itself) - mean_within(a, itself) - mean_within(b, itself)
+
+
+def mmd(
+    a: Float[Tensor, " m *event"],
+    b: Float[Tensor, " n *event"],
+    bandwidth: float | Sequence[float] | None = None,
+) -> float:
+    """Square of the maximum mean discrepancy between two sets (unbiased, may be negative; at most 2).
+
+    Args:
+        bandwidth: h of the kernel `exp(-|x - y|^2 / (2 h^2))`; of several, the mean of their kernels is taken. If None,
+            the median distance over pairs of the pooled sets (of 1,000 rows of each, where there are more).
+
+    Raises:
+        ShapeError: the sets do not compare.
+        OptionError: a bandwidth is not a number > 0, or a sample is not finite.
+    """
+    a, b = pair(a, b)
+    if bandwidth is None:
+        widths = [_median_distance(a, b)]
+    else:
+        widths = [float(h) for h in (bandwidth if isinstance(bandwidth, Sequence) else [bandwidth])]
+        if not widths or not all(0 < h < math.inf for h in widths):
+            raise OptionError(f"bandwidth is a number > 0, several, or None for the median; got {bandwidth}.")
+
+    def kernel(distance: Tensor) -> Tensor:
+        return sum((-(distance**2) / (2 * h**2)).exp() for h in widths) / len(widths)  # type: ignore[return-value]  # widths is not empty
+
+    return mean_within(a, kernel) + mean_within(b, kernel) - 2 * mean_between(a, b, kernel)
+
+
+def _median_distance(a: Rows, b: Rows) -> float:
+    """The median over all pairs of two different members of the pooled set, which a set in one place does not have."""
+    generator = torch.Generator().manual_seed(0)
+    some = [c[torch.randperm(len(c), generator=generator)[:_MEDIAN_ROWS].to(c.device)] for c in (a, b)]
+    pooled = torch.cat(some)
+    below = torch.ones(len(pooled), len(pooled), dtype=torch.bool, device=pooled.device).tril(-1)
+    median = torch.cat(list(distances(pooled, pooled)))[below].median().item()
+    if median == 0:
+        raise OptionError("Half of all pairs are equal points, so that their median distance is 0: give bandwidth=.")
+    return median
 
 
 def sliced_wasserstein(
     a: Float[Tensor, " m *event"], b: Float[Tensor, " n *event"], *, directions: int = 256, seed: int = 0
 ) -> float:
-    """Sliced 2-Wasserstein distance between two sample sets (set sizes may differ)."""
-    a, b = _pair(a, b)
+    """Sliced 2-Wasserstein distance between two sets, in units of the samples (set sizes may differ).
+
+    Args:
+        directions: how many lines to project on.
+        seed: of their directions.
+
+    Raises:
+        ShapeError: the sets do not compare.
+        OptionError: directions < 1, or a sample is not finite.
+    """
+    a, b = pair(a, b)
+    if directions < 1:
+        raise OptionError(f"directions is how many lines to project on, 1 or more; got {directions}.")
     generator = torch.Generator().manual_seed(seed)
     axes = torch.randn(a.shape[1], directions, dtype=torch.float64, generator=generator).to(a.device)
     axes = axes / axes.norm(dim=0)
@@ -48,3 +132,117 @@ def sliced_wasserstein(
 def _sorted_at(ranked: Tensor, levels: Tensor) -> Tensor:
     """The empirical quantile function at levels in (0, 1)."""
     return ranked[(levels * len(ranked)).long().clamp(max=len(ranked) - 1)]
+
+
+def wasserstein(a: Float[Tensor, " m *event"], b: Float[Tensor, " n *event"], p: float = 2.0) -> float:
+    """Wasserstein distance `W_p` between two sets with equal weights, exactly, by the network simplex of POT.
+
+    It is for sets of up to some 2,000 samples: time grows as the cube of the size (a second for 2,000), and all m n
+    distances are held. The sizes may differ.
+
+    Args:
+        p: the power of the distance that is the cost, >= 1.
+
+    Raises:
+        ShapeError: the sets do not compare.
+        OptionError: p is not a number >= 1, or a sample is not finite.
+        MissingExtraError: POT is not installed.
+    """
+    a, b = pair(a, b)
+    if not 1 <= p < math.inf:
+        raise OptionError(f"p is the power of the distance, a finite number >= 1; got {p}.")
+    cost = torch.cat(list(distances(a, b, exact=True))).cpu() ** p
+    weights = [torch.full((n,), 1 / n, dtype=torch.float64).numpy() for n in cost.shape]
+    ot = optional_import("ot", "metrics")
+    return max(float(ot.emd2(*weights, cost.numpy(), numItermax=10**9)), 0.0) ** (1 / p)
+
+
+def frechet_distance(
+    a: Float[Tensor, " m *event"],
+    b: Float[Tensor, " n *event"],
+    features: Features | Callable[[State], Rows] | None = None,
+) -> float:
+    """Frechet distance between two sets: the squared 2-Wasserstein distance of the normals of their moments.
+
+    With `features=sdediff.features.Inception()` it is the FID. It needs no more samples than features, but is biased
+    upwards by about 1/n times a constant: compare sets of one size, or see the bias in `bootstrap`.
+
+    Args:
+        features: a function from samples to `(n, d)`, or an object with the method `features`; the entries of the
+            samples themselves if None.
+
+    Raises:
+        ShapeError: the sets do not compare, or features are not one vector a sample.
+        OptionError: a sample or a feature is not finite.
+    """
+    if features is not None:
+        pair(a, b)
+        a, b = extract(features, a), extract(features, b)
+    a, b = pair(a, b)
+    moments = [(c.mean(0), torch.linalg.qr((c - c.mean(0)) / math.sqrt(len(c) - 1), mode="r").R) for c in (a, b)]
+    return _frechet(*moments[0], *moments[1])
+
+
+def frechet_distance_of(
+    mean1: Float[Tensor, " d"], cov1: Float[Tensor, "d d"], mean2: Float[Tensor, " d"], cov2: Float[Tensor, "d d"]
+) -> float:
+    """The squared 2-Wasserstein distance between two normal distributions, whose covariances may be singular.
+
+    Raises:
+        ShapeError: means and covariances are not of one dimension.
+        OptionError: a covariance is not symmetric, or has a negative eigenvalue beyond rounding.
+    """
+    shapes = [tuple(value.shape) for value in (mean1, cov1, mean2, cov2)]
+    d = mean1.numel()
+    if shapes != [(d,), (d, d)] * 2:
+        raise ShapeError(f"Means (d,) and covariances (d, d) of one d are needed; got {shapes}.")
+    return _frechet(as_float64(mean1), _factor(cov1), as_float64(mean2), _factor(cov2))
+
+
+def _factor(cov: Tensor) -> Tensor:
+    """R with `cov = R^T R`; eigenvalues that are rounding are 0."""
+    cov = as_float64(cov)
+    values, basis = torch.linalg.eigh(cov)
+    noise = len(cov) * values.abs().max().item() * _EPS
+    if (cov - cov.T).abs().max().item() > 8 * noise or values.min().item() < -8 * noise:
+        raise OptionError(
+            "A covariance must be symmetric and have no negative eigenvalue; got an asymmetry of "
+            f"{(cov - cov.T).abs().max().item():.3g} and the least eigenvalue {values.min().item():.3g}."
+        )
+    return torch.where(values > noise, values, 0).sqrt()[:, None] * basis.T
+
+
+def _frechet(mean1: Tensor, factor1: Tensor, mean2: Tensor, factor2: Tensor) -> float:
+    """From means and factors; the trace of the root of the product is the nuclear norm of the factors' product."""
+    apart = (mean1 - mean2).square().sum() + factor1.square().sum() + factor2.square().sum()
+    return (apart - 2 * torch.linalg.svdvals(factor1 @ factor2.T).sum()).item()
+
+
+def inception_score(probs: Float[Tensor, "n classes"], splits: int = 1) -> float:
+    """Inception score `exp(E KL(p(y|x) || p(y)))`, from 1 (the classifier says nothing) to the number of classes.
+
+    Args:
+        probs: the probabilities that a classifier gives to the classes of every sample.
+        splits: the rows are cut into so many parts of one length, within one row, and the scores averaged. Published
+            numbers have 10; a part has its own p(y), of fewer samples, which biases the score down.
+
+    Raises:
+        ShapeError: probs is not `(n, classes)`.
+        OptionError: a row is no distribution, or splits is not in 1 to n.
+    """
+    if probs.ndim != 2 or 0 in probs.shape:
+        raise ShapeError(f"probs must be (n, classes), one distribution a sample; got {tuple(probs.shape)}.")
+    if not 1 <= splits <= len(probs):
+        raise OptionError(f"splits is 1 to the number of rows, {len(probs)}; got {splits}.")
+    probs = vectors(probs, "probs")
+    off = (probs.sum(1) - 1).abs().max().item()
+    if off > 1e-3 or probs.min().item() < 0:
+        raise OptionError(
+            "Each row of probs must be a distribution: numbers >= 0 that add up to 1. The least is "
+            f"{probs.min().item():.3g} and a sum is off by {off:.3g}; logits want softmax(-1) first."
+        )
+    scores = []
+    for part in probs.tensor_split(splits):
+        marginal = part.mean(0)
+        scores.append(math.exp((torch.xlogy(part, part) - torch.xlogy(part, marginal)).sum(1).mean().item()))
+    return sum(scores) / splits

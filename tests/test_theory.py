@@ -188,7 +188,8 @@ def stand_for_equations():
     classes = [thing for module in (sd, sd.dequantize) for thing in vars(module).values() if inspect.isclass(thing)]
     out = [c for c in classes if issubclass(c, kinds) and not inspect.isabstract(c) and c not in kinds]
     for module in (sd.metrics, sd.grids):
-        own = [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
+        modules = {module.__name__, "sdediff.neighbours", "sdediff.two_sample", "sdediff.bootstrap"}
+        own = [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ in modules]
         out += [f for f in own if f.__name__[0] != "_"]
     return [*out, *PREDICTIONS.values()]
 
