@@ -132,6 +132,24 @@ def test_the_seed_governs_split_and_classifier():
     assert all(isinstance(value, float) for value in first)
 
 
+class Coin(Above):
+    """Says what numbers drawn from its `random_state` say; None draws others every time."""
+
+    def __init__(self, random_state=None):
+        self.random_state = random_state
+
+    def predict_proba(self, x):
+        one = np.random.default_rng(self.random_state).random(len(x))
+        return np.stack([1 - one, one], 1)
+
+
+def test_a_classifier_that_draws_is_seeded():
+    a, b = drawn(80, 2), drawn(80, 2, seed=1)
+    results = [[classifier_two_sample(a, b, classifier=Coin(), seed=seed) for seed in range(4)] for _ in range(2)]
+    assert results[0] == results[1]
+    assert len(set(results[0])) > 1
+
+
 def test_the_classifier_given_is_not_trained():
     classifier = KNeighborsClassifier(3)
     classifier_two_sample(drawn(20, 2), drawn(20, 2, seed=1), classifier=classifier)
