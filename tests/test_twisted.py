@@ -211,6 +211,14 @@ def test_standard_errors(threshold):
 # Every factor, written out
 
 
+class Grown(sd.variance.EntryVariance):
+    """V of every entry, which depends on the state."""
+
+    def along(self, model, steps):
+        nu = steps.nu.tolist()
+        return model, lambda i, x: nu[i] ** 2 * (1 + x.sigmoid())
+
+
 def written_out(model, log_r, count, event, steps, variance, log_psi, shift, threshold, method, seed):
     """The sampler from its definition: densities of both kernels, and psi before and after, one row of code each."""
     times = grid_of(steps)
@@ -226,7 +234,8 @@ def written_out(model, log_r, count, event, steps, variance, log_psi, shift, thr
             x = x[particles.ancestors(log_w, count, method, chance)]
             log_w = torch.zeros(count, dtype=F64)
         mean, std = VP.posterior(s, t, model.denoised(t, x), x)
-        std = std if variance == "posterior" else VP.transition(s, t)[1]
+        std = VP.transition(s, t)[1] if variance == "beta" else std
+        std = std * (1 + x.sigmoid()).sqrt() if isinstance(variance, Grown) else std
         at = x.clone().requires_grad_()
         gradient = torch.autograd.grad(log_psi(t, at).sum(), at)[0]
         moved = mean + shift * std**2 * gradient
@@ -241,7 +250,7 @@ def written_out(model, log_r, count, event, steps, variance, log_psi, shift, thr
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.sampled_from(["posterior", "beta"]),
+    st.sampled_from(["posterior", "beta", Grown()]),
     st.sampled_from(["denoised", "exact", "arbitrary"]),
     st.sampled_from([0.0, 0.6, 1.0]),
     st.sampled_from([0.0, 0.5, 1.0]),
@@ -304,14 +313,6 @@ def test_no_r_is_ddpm(prediction, sde, variance, dtype):
     assert result.nfe == 8
     chunked = sd.smc(model, no_r, (40, 3, 2), steps=7, variance=variance, seed=5, batch_size=16)
     torch.testing.assert_close(chunked.x, x)
-
-
-class Grown(sd.variance.EntryVariance):
-    """V of every entry, which depends on the state."""
-
-    def along(self, model, steps):
-        nu = steps.nu.tolist()
-        return model, lambda i, x: nu[i] ** 2 * (1 + x.sigmoid())
 
 
 def test_variances_of_entries():
@@ -533,7 +534,7 @@ def test_slopes_where_psi_is_zero():
     """A gradient that is NaN where psi is 0 moves no particle that may come back."""
 
     def log_half(x):
-        return torch.where(x[:, 0] > 0, -x[:, 0].clamp(min=0).sqrt(), -math.inf)
+        return torch.where(x[:, 0] > 0, -x[:, 0].sqrt(), -math.inf)
 
     result = sd.smc(plane().model(VP), log_half, (200, 2), steps=20, seed=0, ess_threshold=0.3)
     assert bool(result.x.isfinite().all())
