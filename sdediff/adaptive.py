@@ -37,7 +37,7 @@ class Adaptive(Solver):
 
     Args:
         rtol, atol: error allowed in a step, in units of data, relative and absolute.
-        max_nfe: network evaluations a row may take; one that runs out stays where it is, and `Solution.reached` says where.
+        max_nfe: network evaluations a row may take; one that runs out stays where it is; `Solution.reached` says where.
         max_order: 1 to 5, of the predictor.
         sigma_data: the deviation c of the data; None takes that of an "edm" model, and 1 for others.
     """

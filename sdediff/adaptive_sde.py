@@ -78,7 +78,7 @@ class AdaptiveStochastic(Solver):
     Args:
         rtol, atol: error allowed in a step, in units of data, relative and absolute.
         noise_level: lambda > 0 of the process.
-        max_nfe: network evaluations a row may take; one that runs out stays where it is, and `Solution.reached` says where.
+        max_nfe: network evaluations a row may take; one that runs out stays where it is; `Solution.reached` says where.
         sigma_data: the deviation c of the data; None takes that of an "edm" model, and 1 for others.
     """
 

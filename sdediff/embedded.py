@@ -56,7 +56,7 @@ class AdaptiveRungeKutta(Solver):
     Args:
         tableau: "dopri5", "bosh3", or a `Tableau` with an error of one order less.
         rtol, atol: error allowed in a step, relative and absolute.
-        max_nfe: network evaluations a row may take; one that runs out stays where it is, and `Solution.reached` says where.
+        max_nfe: network evaluations a row may take; one that runs out stays where it is; `Solution.reached` says where.
     """
 
     _fixed: ClassVar[bool] = True

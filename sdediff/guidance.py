@@ -121,7 +121,7 @@ def ClassifierFree(model: ScoreModel, scale: Scale = 1.0, *, null: Any = None, n
         OptionError, ShapeError: a scale that is none of these; when called, no condition, or a scale or negative
             condition that is not for this number of rows.
     """
-    return _guided(model, ClassifierFreeGuided(_unconditional(model), _checked(scale), null, negative))
+    return _guided(model, ClassifierFreeGuided(model, _checked(scale), null, negative))
 
 
 def interval(scale: float | Callable[[Tensor], Tensor], low: float, high: float) -> Interval:
@@ -367,10 +367,12 @@ class ClassifierFreeGuided(Wrapped):
 # What they share
 
 
-def _guided(model: ScoreModel, network: Wrapped, function: str | None = None) -> ScoreModel:
+def _guided(model: ScoreModel, network: Guided | ClassifierFreeGuided, function: str = "") -> ScoreModel:
     if not isinstance(model, ScoreModel):
         raise OptionError(f"Guidance needs a ScoreModel; got {type(model).__name__}.")
-    if isinstance(network, Guided) and not callable(network.function):
+    if isinstance(network, ClassifierFreeGuided):
+        network = replace(network, model=_unconditional(model))
+    elif not callable(network.function):
         raise OptionError(f"{function} must be a function, {function}(...) -> (batch,); got {network.function!r}.")
     return model.wrapped(network, _kind(model))
 

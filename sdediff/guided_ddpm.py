@@ -5,12 +5,12 @@ The reverse kernel of a conditional chain is, by Bayes' rule, `p(x_s | x_t, y) ~
 
     p(x_s | x_t, y) = N(mu + V g, V),        and with a scale    mu + w V g.
 
-The expansion is about mu, so g = grad log p(y | x_s) at (s, mu): `at="mean"`. The published algorithm takes the gradient
-at the state that the step begins with, (t, x_t), where the denoiser is evaluated too: `at="state"`, the default.
+The expansion is about mu, so g = grad log p(y | x_s) at (s, mu): `at="mean"`. The published algorithm takes it at the
+state that the step begins with, (t, x_t), where the denoiser is evaluated too: `at="state"`, the default.
 
 DDPM with the guided score moves the mean by `w (alpha_s / alpha_t) sigma_t^2 (1 - r) g(t, x_t)`, `r = snr_t / snr_s`,
-and the variances of DDPM are `V = sigma_s^2 (1 - r)` and `V = sigma_t^2 (1 - r)`. So the two forms are the same at first
-order: each step differs by the square of its length, and the limits agree. Where alpha is 0 only this form is defined.
+and the variances of DDPM are `V = sigma_s^2 (1 - r)` and `V = sigma_t^2 (1 - r)`. So the two forms are the same at
+first order: each step differs by the square of its length, and the limits agree. This one is defined where alpha is 0.
 
 Reference: Dhariwal and Nichol 2021 (arXiv:2105.05233), section 4.1 and algorithm 1.
 """

@@ -40,8 +40,9 @@ from sdediff.runs import (
     starts_at_prior,
 )
 from sdediff.sde import fresh_seed
-from sdediff.shapes import Grid, PerRow, State, Trajectory, check_state, finite_or_raise, sum_rows
+from sdediff.shapes import Grid, PerRow, State, Trajectory, check_state, finite_or_raise, per_row, sum_rows
 from sdediff.solvers import Solver, Tally, merged
+from sdediff.wrapped import evaluations
 
 __all__ = ["RoundTrip", "Solution", "decode", "encode", "round_trip", "sample"]
 
@@ -433,9 +434,10 @@ def _run(
             try:
                 x, path = _solve(run, start, stream, tally)
                 before = counter.calls
-                x = end(bound, grid[-1] if tally.reached is None else tally.reached, x)
-                if tally.nfe is not None:
-                    tally.nfe = tally.nfe + counter.calls - before
+                last_time = grid[-1] if tally.reached is None else tally.reached
+                x = end(bound, last_time, x)
+                if tally.nfe is not None and counter.calls > before:
+                    tally.nfe = tally.nfe + evaluations(bound.network, per_row(last_time, x))
                 nfe = max(nfe, counter.calls if tally.nfe is None else int(tally.nfe.max()))
                 explain(solver, run.process, start, x, grid, restart)
             except DivergenceError as error:
