@@ -375,8 +375,8 @@ def _blocks(result: ConditionalResult, settings: ConditionalSettings, train_rows
             "figure",
             "guidance_tradeoff.png",
             "Every point is a scale; bars are one standard error. Classifier guidance of scale 1 would be the "
-            "conditional model, classifier-free guidance of scale 0, if the gradient of the classifier were that of the "
-            "class posterior; training by cross-entropy does not see to that.",
+            "conditional model, classifier-free guidance of scale 0, if the gradient of the classifier were that of "
+            "the class posterior; training by cross-entropy does not see to that.",
         ),
         ("table", table_of(result)),
         (
