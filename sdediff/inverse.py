@@ -422,9 +422,7 @@ class _Posterior(Wrapped):
     def rows(self, index: slice | Tensor, batch: int) -> Self:
         return replace(self, model=self.model.rows(index, batch), known=self.known.rows(index, batch))
 
-    def _around(
-        self, x: State, t: Tensor, condition: Any, result: Callable[[Tweedie, State], Tensor]
-    ) -> Tensor:
+    def _around(self, x: State, t: Tensor, condition: Any, result: Callable[[Tweedie, State], Tensor]) -> Tensor:
         if tuple(x.shape[1:]) != self.known.A.event:
             raise ShapeError(f"A takes events of shape {self.known.A.event}; x has shape {tuple(x.shape)}.")
         graph = torch.is_grad_enabled()
