@@ -147,7 +147,7 @@ class Matrix(LinearOperator):
                 f"{event} has {math.prod(event)}."
             )
         super().__init__(
-            lambda x: _rows_times(x.reshape(len(x), -1), matrix.T.to(x)),
+            lambda x: _rows_times(x.reshape(len(x), matrix.shape[1]), matrix.T.to(x)),
             lambda z: _rows_times(z, matrix.to(z)).reshape(len(z), *event),
             event=event,
             measured=(matrix.shape[0],),
@@ -180,7 +180,7 @@ class Mask(LinearOperator):
             return empty.index_copy(1, places.to(z.device), z).reshape(len(z), *event)
 
         super().__init__(
-            lambda x: x.reshape(len(x), -1)[:, places.to(x.device)], fill, event=event, measured=places.shape
+            lambda x: x.reshape(len(x), size)[:, places.to(x.device)], fill, event=event, measured=places.shape
         )
 
 
@@ -254,7 +254,7 @@ class Downsample(LinearOperator):
         super().__init__(forward, adjoint, event=event, measured=(*lead, *blocks))
 
 
-def as_operator(A: LinearOperator | Tensor) -> LinearOperator:
+def as_operator(A: object) -> LinearOperator:
     """A as a `LinearOperator`: itself, a matrix `(m, n)` as a `Matrix`, a bool tensor as a `Mask`.
 
     Raises:
