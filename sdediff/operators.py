@@ -296,21 +296,25 @@ def check_adjoint(A: LinearOperator, like: Tensor | None = None, *, seed: int = 
 
     with torch.no_grad():
         x, y, z = drawn(A.event), drawn(A.event), drawn(A.measured)
-        image, back = A(x), A.adjoint(z)
+        slack = torch.finfo(like.dtype).eps ** 0.5
+        image, other, mixed = A(x), A(y), A(2 * x - 3 * y)
+        _compare(
+            _dot(mixed, z),
+            _dot(2 * image - 3 * other, z),
+            slack * (_norm(image) + _norm(other) + _norm(mixed)) * _norm(z),
+            "A is not linear: at a random point <A(2 x - 3 y), z> is {} but <2 A x - 3 A y, z> is {}. An offset "
+            "belongs to y: give y - A(0), and A without it.",
+        )
+        back = A.adjoint(z)
         if back.shape != x.shape:
             raise ShapeError(f"The adjoint must return {tuple(x.shape)}, as A takes; it returned {tuple(back.shape)}.")
-        slack = torch.finfo(like.dtype).eps ** 0.5
         _compare(
-            _dot(image, z), _dot(x, back), slack * (_norm(image) * _norm(z) + _norm(x) * _norm(back)),
-            "The adjoint is not that of A: at a random point <A x, z> is {} but <x, A^T z> is {}. "
-            "Mind transposes, scales and flips, or leave the adjoint out to have it derived from A.",
-        )  # fmt: skip
-        mixed, apart = A(2 * x - 3 * y), 2 * image - 3 * A(y)
-        _compare(
-            _dot(mixed, z), _dot(apart, z), slack * (_norm(image) + _norm(A(y)) + _norm(mixed)) * _norm(z),
-            "A is not linear: at a random point <A(2 x - 3 y), z> is {} but <2 A x - 3 A y, z> is {}. "
-            "An offset belongs to y: give y - A(0).",
-        )  # fmt: skip
+            _dot(image, z),
+            _dot(x, back),
+            slack * (_norm(image) * _norm(z) + _norm(x) * _norm(back)),
+            "The adjoint is not that of A: at a random point <A x, z> is {} but <x, A^T z> is {}. Mind transposes, "
+            "scales and flips, or leave the adjoint out to have it derived from A.",
+        )
 
 
 def _compare(one: PerRow, other: PerRow, slack: PerRow, sentence: str) -> None:

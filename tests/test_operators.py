@@ -169,25 +169,14 @@ MATRIX = drawn(4, 4)
 def test_wrong_adjoints_are_refused_with_both_numbers(forward, adjoint):
     with pytest.raises(sd.OptionError, match=r"<A x, z> is -?[\d.]+ but <x, A\^T z> is -?[\d.]+.*transposes") as caught:
         check_adjoint(LinearOperator(forward, adjoint, event=(4,)))
-    numbers = [float(n) for n in re.findall(r" is (-?[\d.]+(?:e-?\d+)?)", str(caught.value))]
+    numbers = [float(n) for n in re.findall(r" is (-?\d+(?:\.\d+)?)", str(caught.value))]
     assert len(set(numbers)) == 2
 
 
 @pytest.mark.parametrize("forward", [lambda x: x + 1, torch.sin, torch.relu, lambda x: x * x.abs().mean(1)[:, None]])
 def test_maps_that_are_not_linear_are_refused(forward):
     with pytest.raises(sd.OptionError, match=r"not linear: .*<A\(2 x - 3 y\), z> is .* but .* is .*offset"):
-        check_adjoint(_honest(forward))
-
-
-def _honest(forward):
-    """Two functions that agree at the points of the first test, so that only the second can tell."""
-
-    def adjoint(z):
-        points = torch.randn(9, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
-        x = points[:3]
-        return x * ((forward(x) * z).sum(1) / (x * x).sum(1))[:, None]
-
-    return LinearOperator(forward, adjoint, event=(4,))
+        check_adjoint(LinearOperator(forward, event=(4,)))
 
 
 def test_float32_operators_pass_in_their_own_precision():
