@@ -481,7 +481,8 @@ def LinearInverse(
         ShapeError: y or noise_std does not fit A.
         CapabilityError: the SDE is not linear.
     """
-    return model.wrapped(_posterior(model, A, y, noise_std, method, options), "v")
+    posterior = _posterior(model, A, y, noise_std, method, options)
+    return model.wrapped(posterior, "v")
 
 
 def log_likelihood(
@@ -514,19 +515,21 @@ def conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
     Args:
         product: `v -> S v`, `(batch, *m)` to the same.
         b: `(batch, *m)`, in the range of S.
-        iterations: at most. A row ends early where nothing is left of its residual, up to rounding, and where a
-            direction p has `p^T S p <= 0`.
+        iterations: at most. A row ends early where nothing is left of its residual, or nothing of S along the next
+            direction, `p^T S p / p^T p` being negative or 0, up to rounding.
     """
+    rounding = 4 * torch.finfo(b.dtype).eps
     v, r, p = torch.zeros_like(b), b, b
     square = sum_rows(r * r)
-    least = torch.finfo(b.dtype).eps ** 2 * square
+    least, largest = rounding**2 * square, torch.zeros_like(square)
     going = square > least
     for _ in range(iterations):
         if b.is_cpu and not bool(going.any()):
             break
         image = product(p)
-        curvature = sum_rows(p * image)
-        going = going & (curvature > 0)
+        curvature, size = sum_rows(p * image), sum_rows(p * p)
+        largest = torch.maximum(largest, torch.where(going, curvature / torch.where(going, size, 1.0), 0.0))
+        going = going & (curvature > rounding * largest * size)
         length = torch.where(going, square / torch.where(going, curvature, 1.0), 0.0)
         v, r = v + over(length, p) * p, r - over(length, p) * image
         before, square = square, torch.where(going, sum_rows(r * r), square)
