@@ -437,8 +437,7 @@ class _Posterior(Wrapped):
 
         def field(at: State) -> tuple[State, State]:
             v = self.model.view("v", t, at, condition=condition)
-            data = over(from_x, at) * at + over(from_v, at) * v
-            return (data if data.requires_grad else data + 0 * at), v
+            return over(from_x, at) * at + over(from_v, at) * v, v
 
         if not self.method.differentiates:
             data, v = field(x)
@@ -502,9 +501,7 @@ def log_likelihood(
 
     def log_prob(t: Time, x: State) -> PerRow:
         check_state(x)
-        clock = per_row(as_time(t), x)
-        model.sde.check_span(clock)
-        return posterior.log_prob(x, clock, model.condition)
+        return posterior.log_prob(x, per_row(as_time(t), x))
 
     return log_prob
 

@@ -236,8 +236,12 @@ def test_log_likelihoods_are_gaussian_and_their_gradient_is_the_guidance(method)
         evidence = MultivariateNormal(MEAN @ matrix.T, matrix @ COV @ matrix.T + S**2 * torch.eye(3, dtype=F64))
         bayes = exact - DATA.marginal(sde, t[2]).log_prob(x[2:3].detach()) + evidence.log_prob(Y)
         torch.testing.assert_close(value[2:3].detach(), bayes)
+    if method == "dps":
+        wider = MultivariateNormal(xhat[0] @ matrix.T, S**2 / 0.5 * torch.eye(3, dtype=F64)).log_prob(Y)
+        torch.testing.assert_close(log_likelihood(model, WIDE, Y, S, DPS(scale=0.5))(t, x)[0], wider)
     with torch.no_grad():
         torch.testing.assert_close(likelihood(t, x.detach()), value.detach())
+        assert not likelihood(t, x).requires_grad
 
 
 # Sampling.
@@ -311,6 +315,9 @@ def test_two_measurements_one_after_the_other_are_both_at_once():
     assert_same(nested.score(t, x), joint.score(t, x), 1e-9)
     with torch.no_grad():
         assert_same(nested.score(t, x), joint.score(t, x), 1e-9)
+    each = drawn(4, 2, seed=34)
+    rowwise = sd.LinearInverse(sd.LinearInverse(DATA.model(sde), first, each, S), second, y2, 0.5)
+    torch.testing.assert_close(rowwise.rows(slice(1, 3), 4).score(t, x[1:3]), rowwise.score(t, x)[1:3])
     assert nested.no_density == inner.no_density.replace(repr(inner.network.method), repr(nested.network.method))
 
 

@@ -137,6 +137,9 @@ def test_a_derived_adjoint_works_in_every_mode_and_can_be_differentiated():
         torch.testing.assert_close(operator.adjoint(z), z @ matrix)
     with torch.inference_mode():
         torch.testing.assert_close(operator.adjoint(drawn(2, 3)), z @ matrix)
+    with torch.inference_mode():
+        made = drawn(2, 3)
+    torch.testing.assert_close(operator.adjoint(made), z @ matrix)
     z.requires_grad_()
     (slope,) = torch.autograd.grad(operator.adjoint(z).square().sum(), z)
     torch.testing.assert_close(slope, 2 * z @ matrix @ matrix.T)
