@@ -117,7 +117,7 @@ def mixture_problems() -> list[Problem]:
 Draw = Callable[[Problem, int, int], Tensor]
 """`(problem, n, seed)` to samples."""
 
-FLOW, CHAIN = 25, 80
+FLOW, CHAIN = 20, 50
 """Steps of the flow, and of DDPM."""
 
 
@@ -279,7 +279,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    n, runs = (200, 2) if args.quick else (1000, 3)
+    n, runs = (200, 2) if args.quick else (500, 3)
     with torch.enable_grad():
         compared = azula_differences()
     print(compared)
@@ -305,7 +305,7 @@ def main() -> None:
         text += f"## {p.name}\n\n" + table(["method", *metrics, "seconds"], lines) + "\n"
         print(p.name, flush=True)
     p, lines = gaussian_problems()[2], []
-    for steps in (5, 10, 20, 40, 80):
+    for steps in (5, 10, 20, 40):
         draws = [
             draw
             for solver in (None, sd.DDPM())

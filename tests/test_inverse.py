@@ -511,6 +511,9 @@ def test_rows_of_conjugate_gradients_end_by_themselves():
     torch.testing.assert_close(v[:2], b[:2] / scales[:2])
     assert v[2:].tolist() == [[0, 0], [0, 0]], "a direction of negative curvature, and nothing to solve"
     assert len(calls) <= 4
+    flat = torch.tensor([1.0, 1e-25], dtype=F64)
+    v = conjugate_gradients(lambda z: flat * z, torch.tensor([[1.0, 1e-12]], dtype=F64), 50)
+    assert v.abs().max() <= 1, "what is left along a direction without curvature is rounding"
     few = sd.LinearInverse(DATA.model(sd.VP()), WIDE, Y, S, iterations=1)
     x = states(sd.VP(), 0.5)
     V, matrix = covariance_given(sd.VP(), torch.tensor(0.5, dtype=F64)), WIDE.dense()
