@@ -101,6 +101,11 @@ class Measurement:
         """Whether some entry has no noise."""
         return bool((self.noise_std == 0).any())
 
+    @property
+    def floor(self) -> float:
+        """The smallest variance of the noise."""
+        return (self.noise_std**2).min().item()
+
     def seen(self, x: State) -> Tensor:
         """y for the rows of x, in their dtype; `(batch, *m)` or `(*m)`."""
         if self.y.ndim > len(self.A.measured) and len(self.y) != len(x):
@@ -316,7 +321,7 @@ class _Isotropic(_Gaussian):
         return over(self.spread(at), z) * known.A(known.A.adjoint(z)) + known.variance(z) * z
 
     def solve(self, known: Measurement, at: Tweedie, r: Tensor) -> Tensor:
-        return conjugate_gradients(lambda z: self.product(known, at, z), r, self.iterations)
+        return conjugate_gradients(lambda z: self.product(known, at, z), r, self.iterations, known.floor)
 
 
 @dataclass(frozen=True)
@@ -363,7 +368,7 @@ class MMPS(_Gaussian):
         return known.A(at.covariance(known.A.adjoint(z))) + known.variance(z) * z
 
     def solve(self, known: Measurement, at: Tweedie, r: Tensor) -> Tensor:
-        return conjugate_gradients(lambda z: self.product(known, at, z), r, self.iterations)
+        return conjugate_gradients(lambda z: self.product(known, at, z), r, self.iterations, known.floor)
 
 
 @dataclass(frozen=True)
@@ -506,7 +511,7 @@ def log_likelihood(
     return log_prob
 
 
-def conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
+def conjugate_gradients(product: Product, b: Tensor, iterations: int, floor: float = 0.0) -> Tensor:
     """The solution v of `S v = b` for symmetric positive semi-definite S, every row by itself.
 
     Args:
@@ -514,6 +519,8 @@ def conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
         b: `(batch, *m)`, in the range of S.
         iterations: at most. A row ends early where nothing is left of its residual, or nothing of S along the next
             direction, `p^T S p / p^T p` being negative or 0, up to rounding.
+        floor: what S is known to exceed, such as its `s^2`; a row ends as well where S is below 0.999 of it, and so is
+            not what it should be.
     """
     rounding = 4 * torch.finfo(b.dtype).eps
     v, r, p = torch.zeros_like(b), b, b
@@ -526,7 +533,7 @@ def conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
         image = product(p)
         curvature, size = sum_rows(p * image), sum_rows(p * p)
         largest = torch.maximum(largest, torch.where(going, curvature / torch.where(going, size, 1.0), 0.0))
-        going = going & (curvature > rounding * largest * size)
+        going = going & (curvature > rounding * largest * size) & (curvature >= 0.999 * floor * size)
         length = torch.where(going, square / torch.where(going, curvature, 1.0), 0.0)
         v, r = v + over(length, p) * p, r - over(length, p) * image
         before, square = square, torch.where(going, sum_rows(r * r), square)

@@ -1771,6 +1771,7 @@ MUTANTS = [
         ("least, largest = rounding**2 * square", "least, largest = rounding * square"),
         ("going & (curvature > rounding * largest * size)", "going & (curvature != 0)"),
         ("going = going & (curvature > rounding * largest * size)", "going = going & (curvature > 0)"),
+        (" & (curvature >= 0.999 * floor * size)", ""),
         ("p = r + over(", "p = r - over("),
         ("if b.is_cpu and not bool(going.any()):", "if False:"),
         ("range(iterations)", "range(iterations + 1)"),

@@ -511,6 +511,8 @@ def test_rows_of_conjugate_gradients_end_by_themselves():
     torch.testing.assert_close(v[:2], b[:2] / scales[:2])
     assert v[2:].tolist() == [[0, 0], [0, 0]], "a direction of negative curvature, and nothing to solve"
     assert len(calls) <= 4
+    below = conjugate_gradients(lambda z: 0.5 * z, torch.ones(1, 2, dtype=F64), 5, floor=1.0)
+    assert below.tolist() == [[0, 0]], "S is less than the noise that it contains"
     flat = torch.tensor([1.0, 1e-25], dtype=F64)
     v = conjugate_gradients(lambda z: flat * z, torch.tensor([[1.0, 1e-12]], dtype=F64), 50)
     assert v.abs().max() <= 1, "what is left along a direction without curvature is rounding"
