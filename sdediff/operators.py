@@ -116,7 +116,6 @@ class LinearOperator:
         graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():
             x = torch.zeros(len(z), *self.event, dtype=z.dtype, device=z.device, requires_grad=True)
-            z = z.clone() if z.is_inference() else z
             value = self._forward(x)
             if not value.requires_grad:
                 raise OptionError(

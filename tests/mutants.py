@@ -1727,7 +1727,6 @@ MUTANTS = [
         ("return z / math.prod(factors)", "return z"),
         ("return self(basis).reshape(size, -1).T", "return self(basis).reshape(size, -1)"),
         ("create_graph=graph)[0]", "create_graph=False)[0]"),
-        ("z = z.clone() if z.is_inference() else z", "pass"),
         ("torch.bmm(x[:, None], matrix.expand(len(x), *matrix.shape))[:, 0]", "x @ matrix"),
         ("A(2 * x - 3 * y)", "2 * image - 3 * other"),
         ("_dot(x, back),", "_dot(image, z),"),
