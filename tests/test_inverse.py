@@ -632,3 +632,7 @@ def test_methods_are_values():
     assert DPS(scale=2.0) == DPS(scale=2.0) != DPS()
     assert PiGDM().iterations == 200
     assert isinstance(inverse(method="mmps", iterations=3).network.method, MMPS)
+
+
+def test_a_method_that_solves_nothing_takes_a_measurement_that_contradicts_itself():
+    assert inverse(RANK_TWO, Y, 0.0, "dps-normalised").denoised(0.5, drawn(2, D)).isfinite().all()
