@@ -11,9 +11,11 @@ from sdediff import features as features
 from sdediff import gaussians as gaussians
 from sdediff import grids as grids
 from sdediff import guidance as guidance
+from sdediff import inverse as inverse
 from sdediff import losses as losses
 from sdediff import metrics as metrics
 from sdediff import networks as networks
+from sdediff import operators as operators
 from sdediff import particles as particles
 from sdediff import signals as signals
 from sdediff import subsequences as subsequences
@@ -70,6 +72,7 @@ from sdediff.guidance import ClassifierGuidance as ClassifierGuidance
 from sdediff.guidance import SimilarityGuidance as SimilarityGuidance
 from sdediff.guided_ddpm import GuidedDDPM as GuidedDDPM
 from sdediff.iddpm import LearnedVariance as LearnedVariance
+from sdediff.inverse import LinearInverse as LinearInverse
 from sdediff.langevin import AnnealedLangevin as AnnealedLangevin
 from sdediff.langevin import Corrector as Corrector
 from sdediff.langevin import Langevin as Langevin
@@ -105,6 +108,7 @@ from sdediff.processes import DiscreteVP as DiscreteVP
 from sdediff.processes import RectifiedFlow as RectifiedFlow
 from sdediff.processes import SigmoidVP as SigmoidVP
 from sdediff.processes import SubVP as SubVP
+from sdediff.replacement import Replacement as Replacement
 from sdediff.reverse import Reverse as Reverse
 from sdediff.runge_kutta import EulerMaruyama as EulerMaruyama
 from sdediff.runge_kutta import Heun as Heun
