@@ -23,7 +23,7 @@ from torch import Tensor
 from sdediff.adams import QUADRATURE, AdamsRows, Pair, Rows
 from sdediff.embedded import norm
 from sdediff.errors import CapabilityError, OptionError
-from sdediff.exponential import Array, deviation_of, split_for
+from sdediff.exponential import Array, split_for
 from sdediff.model import ScoreModel
 from sdediff.noise import NoiseStream
 from sdediff.sde import SDE
@@ -89,7 +89,7 @@ class _Rows(AdamsRows):
     """Rows whose error is measured in units of data."""
 
     def __init__(self, solver: Adaptive, model: ScoreModel, x: State, times: Grid) -> None:
-        splitting = split_for(model, solver.sigma_data or deviation_of(model), QUADRATURE)
+        splitting = split_for(model, solver.sigma_data or model.deviation, QUADRATURE)
         super().__init__(model, x, times, splitting, max_order=solver.max_order, max_nfe=solver.max_nfe)
         self.solver = solver
         self.values[0] = self.evaluate(model, np.arange(len(x)), self.t, x)

@@ -45,7 +45,7 @@ from torch import Tensor
 
 from sdediff.embedded import Array, Mask, Rows, add_rows, norm, shrunk
 from sdediff.errors import CapabilityError, OptionError
-from sdediff.exponential import Points, deviation_of, interpolated, split_for
+from sdediff.exponential import Points, interpolated, split_for
 from sdediff.keyed import Words, keyed_normals
 from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
@@ -150,7 +150,7 @@ class _Rows:
         batch = x.shape[0]
         self.solver, self.model, self.times, self.noise_level = solver, model, times, level
         self.sde: LinearSDE = model.linear
-        self.splitting = split_for(model, solver.sigma_data or deviation_of(model), _QUADRATURE)
+        self.splitting = split_for(model, solver.sigma_data or model.deviation, _QUADRATURE)
         self.ends = self.splitting.node(Points.at(self.sde, times))
         self.numbers = _Numbers.of(noise, x)
         self.x = x.clone()

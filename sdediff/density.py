@@ -39,7 +39,7 @@ from sdediff.adams import QUADRATURE, AdamsRows, Mask, Pair, Rows
 from sdediff.blur import Blur, by_jacobian, by_probes
 from sdediff.divergence import Divergence, Exact, Expansion
 from sdediff.errors import DivergenceError
-from sdediff.exponential import Array, deviation_of, split_for
+from sdediff.exponential import Array, split_for
 from sdediff.model import ScoreModel
 from sdediff.shapes import Grid, PerRow, State, finite_or_raise, over, sum_rows
 from sdediff.wrapped import evaluations
@@ -69,7 +69,7 @@ class DensityRows(AdamsRows):
         atol: float | None,
         max_nfe: int | None = None,
     ) -> None:
-        splitting = split_for(model, deviation_of(model), QUADRATURE)
+        splitting = split_for(model, model.deviation, QUADRATURE)
         order = 3 if atol is None else 5  # on a grid, high orders lose more where it is too coarse than they win
         super().__init__(model, x, times, splitting, max_order=order, max_nfe=max_nfe, adaptive=atol is not None)
         self.divergence, self.seed, self.first_row, self.atol = divergence, seed, first_row, atol or 1.0

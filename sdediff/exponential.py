@@ -273,11 +273,6 @@ def grid_for(model: ScoreModel, steps: int, sigma_data: float, t_min: float | No
     return grids.tapered(model.linear, steps, sigma_data=sigma_data, t_min=t_min)
 
 
-def deviation_of(model: ScoreModel) -> float:
-    """The deviation of the data that a model was made for, as far as it says so: 1 unless it predicts "edm"."""
-    return model.sigma_data if model.prediction == "edm" else 1.0
-
-
 NoiseLevel: TypeAlias = float | Callable[[torch.Tensor], torch.Tensor | float]
 """lambda >= 0, or a function of the time `()`."""
 
@@ -403,7 +398,7 @@ class Exponential(TableSolver):
     def _deviation(self, model: ScoreModel) -> float:
         if self.sigma_data is not None:
             return self.sigma_data
-        return deviation_of(model) if self.calibration is None else self.calibration.sigma_data
+        return model.deviation if self.calibration is None else self.calibration.sigma_data
 
     def _levels(self, times: Grid) -> torch.Tensor:
         middles = (times[1:] + times[:-1]) / 2
@@ -489,7 +484,7 @@ class ExponentialRungeKutta(TableSolver):
         return Exponential(sigma_data=self.sigma_data).grid(model, steps, t_min)
 
     def table(self, model: ScoreModel, times: Grid) -> Table:
-        splitting = _SPLITTINGS[self.predict](self.sigma_data or deviation_of(model), model)
+        splitting = _SPLITTINGS[self.predict](self.sigma_data or model.deviation, model)
         with np.errstate(all="ignore"):
             table = self._stages(model.linear, splitting, times)
         _check_ends(table, self.predict, times)

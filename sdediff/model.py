@@ -153,6 +153,17 @@ class ScoreModel:
         return self.prediction in ("noise", "score")
 
     @property
+    def deviation(self) -> float:
+        """The deviation of the data that it was made for, as far as it, or the model inside, says so.
+
+        That is sigma_data of a model that predicts "edm", and 1 otherwise.
+        """
+        said = getattr(self.network, "deviation", None)
+        if isinstance(said, float):
+            return said
+        return self.sigma_data if self.prediction == "edm" else 1.0
+
+    @property
     def linear(self) -> LinearSDE:
         """The forward process, when it is linear.
 
@@ -324,6 +335,28 @@ class ScoreModel:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ShapeError(f"The network must return a tensor shaped as x, {tuple(x.shape)}; it returned {got}.")
         return _in(output, x.dtype)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All of a model that coefficients and grids depend on, which stands for its network where only these are asked."""
+
+    sde: SDE
+    prediction: str
+    sigma_data: float
+    deviation: float
+
+    @classmethod
+    def of(cls, model: ScoreModel) -> Kind:
+        """The kind of a model."""
+        return cls(model.sde, model.prediction, model.sigma_data, model.deviation)
+
+    def __call__(self, x: State, t: Tensor) -> State:
+        return x
+
+    def model(self) -> ScoreModel:
+        """A model of this kind, with no network to speak of."""
+        return ScoreModel(self, self.sde, self.prediction, sigma_data=self.sigma_data)
 
 
 @contextmanager

@@ -32,7 +32,6 @@ from sdediff.decoders import Decoder, decoded
 from sdediff.density import wide
 from sdediff.draws import RowDraws, mix
 from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
-from sdediff.exponential import deviation_of
 from sdediff.linear import LinearSDE
 from sdediff.model import ScoreModel
 from sdediff.noise import Noise, NoiseStream, RowNoise
@@ -64,7 +63,7 @@ def scale_of(model: ScoreModel, scale: float | None) -> float:
     """The caller's scale of the data, checked, or the model's."""
     if not isinstance(model, ScoreModel):
         raise OptionError(f"The first argument must be a ScoreModel; got {type(model).__name__}.")
-    scale = deviation_of(model) if scale is None else scale
+    scale = model.deviation if scale is None else scale
     if not 0 < scale < math.inf:
         raise OptionError(f"scale must be positive, a rough standard deviation of the data; got {scale}.")
     return scale

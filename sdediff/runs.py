@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sdediff.embedded import AdaptiveRungeKutta
 from sdediff.errors import CapabilityError, OptionError
-from sdediff.exponential import Exponential, Points, deviation_of, split_for
-from sdediff.model import ScoreModel
+from sdediff.exponential import Exponential, Points, split_for
+from sdediff.model import Kind, ScoreModel
 from sdediff.model import evaluating as evaluating
 from sdediff.noise import NoiseStream
 from sdediff.runge_kutta import RungeKutta
@@ -92,7 +92,7 @@ def density_grid(
         return ends if direction > 0 else ends.flip(0)
     if steps < 1:
         raise OptionError(f"steps must be at least 1; got {steps}.")
-    split = split_for(model, deviation_of(model))
+    split = split_for(model, model.deviation)
     first, last = split.node(Points.at(model.linear, ends))
     inside = split.log_s(np.linspace(first, last, steps + 1)[1:-1])
     grid = torch.cat([ends[:1], model.linear.time(torch.from_numpy(-2 * inside)), ends[1:]])
@@ -111,19 +111,14 @@ def _grid(solver: Solver, model: ScoreModel, steps: int, t_min: float | None) ->
 def _any_grid(solver: Solver, model: ScoreModel, steps: int, t_min: float | None) -> Grid:
     """The solver's own grid; kept for solvers and processes that cannot change."""
     if solver.fixed and model.sde.fixed and type(steps) is int:
-        return _kept_grid(solver, model.sde, model.prediction, model.sigma_data, steps, t_min).clone()
+        return _kept_grid(solver, Kind.of(model), steps, t_min).clone()
     return solver.grid(model, steps, t_min)
 
 
 @lru_cache(maxsize=256)
-def _kept_grid(solver: Solver, sde: SDE, prediction: str, sigma_data: float, steps: int, t_min: float | None) -> Grid:
+def _kept_grid(solver: Solver, kind: Kind, steps: int, t_min: float | None) -> Grid:
     with torch.inference_mode(False), torch.no_grad():  # what is kept may be used where gradients are taken
-        return solver.grid(ScoreModel(_silent, sde, prediction, sigma_data=sigma_data), steps, t_min)
-
-
-def _silent(x: State, t: Tensor) -> State:
-    """Stands for a network where only its kind is asked for."""
-    return x
+        return solver.grid(kind.model(), steps, t_min)
 
 
 def starts_at_prior(model: ScoreModel, t: Tensor) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sdediff.errors import CapabilityError, OptionError
 from sdediff.iddpm import LearnedVariance
-from sdediff.model import Combination, Point, ScoreModel
+from sdediff.model import Combination, Kind, Point, ScoreModel
 from sdediff.noise import NoiseStream
 from sdediff.reverse import Reverse
 from sdediff.sde import SDE
@@ -170,30 +170,14 @@ class _Rows:
 def _rows_for(solver: TableSolver, model: ScoreModel, times: Grid) -> _Rows:
     """The rows for a grid; kept for solvers and processes that cannot change."""
     if solver.fixed and model.sde.fixed and times.device.type == "cpu":
-        kind = _Kind(model.linear, model.prediction, model.sigma_data)
-        return _kept_rows(solver, kind, times.numpy().tobytes())
+        return _kept_rows(solver, Kind.of(model), times.numpy().tobytes())
     return _Rows.of(solver, model, times)
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """All of a model that coefficients depend on."""
-
-    sde: SDE
-    prediction: str
-    sigma_data: float
-
-
 @lru_cache(maxsize=256)
-def _kept_rows(solver: TableSolver, kind: _Kind, times: bytes) -> _Rows:
+def _kept_rows(solver: TableSolver, kind: Kind, times: bytes) -> _Rows:
     with torch.inference_mode(False), torch.no_grad():  # what is kept may be used where gradients are taken
-        model = ScoreModel(_silent, kind.sde, kind.prediction, sigma_data=kind.sigma_data)
-        return _Rows.of(solver, model, torch.frombuffer(bytearray(times), dtype=torch.float64))
-
-
-def _silent(x: State, t: Tensor) -> State:
-    """Stands for a network where only coefficients are asked for."""
-    return x
+        return _Rows.of(solver, kind.model(), torch.frombuffer(bytearray(times), dtype=torch.float64))
 
 
 _NEGLIGIBLE = 1e-13

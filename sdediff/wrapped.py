@@ -66,6 +66,11 @@ class Wrapped(HoldsRows):
         return getattr(self.model.network, "dtype", None)
 
     @property
+    def deviation(self) -> float:
+        """That of the model inside."""
+        return self.model.deviation
+
+    @property
     def known_times(self) -> Grid | None:
         """Those of the model inside."""
         return self.model.known_times
@@ -93,6 +98,7 @@ class Counter(HoldsRows):
     def __init__(self, network: Callable[..., Tensor], whole: Counter | None = None) -> None:
         self.network = network
         self.keeps_time = getattr(network, "keeps_time", False)
+        self.deviation = getattr(network, "deviation", None)
         self.calls = 0
         self._whole = whole
 

@@ -1,5 +1,6 @@
 """What a wrapped network owes to the model inside: rows, costs, times, modes, and the refusal of densities."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -119,3 +120,26 @@ def test_a_wrapped_model_keeps_a_condition_and_another_may_take_its_place():
     assert wrapped.denoised(0.5, x).flatten().tolist() == [2, 4]
     assert wrapped.given(torch.tensor([3.0, 4.0])).denoised(0.5, x).flatten().tolist() == [6, 8]
     assert wrapped.rows(slice(1, 2), 2).denoised(0.5, x[:1]).flatten().tolist() == [4]
+
+
+@pytest.mark.parametrize("solver", [sd.Exponential(), sd.Adaptive()])
+def test_a_wrapped_model_is_solved_with_the_deviation_that_the_model_inside_was_made_for(solver):
+    sde, exact = sd.CosineVP(), DATA.model(sd.CosineVP())
+
+    def network(x, t):
+        sigma_over_alpha = (4 * t).exp()
+        clock = sde.time(-2 * sigma_over_alpha.log())
+        alpha, sigma = sde.scales(clock)
+        k = (sigma**2 + (0.1 * alpha) ** 2).sqrt()[:, None]
+        return exact.view("edm", clock, k * x)
+
+    exact = dataclasses.replace(exact, sigma_data=0.1)
+    plain = sd.ScoreModel(network, sde, "edm", sigma_data=0.1)
+    for wrapped in (sd.map_denoised(plain, lambda data: data), sd.clamp_denoised(shifted(plain, 8), -9, 9)):
+        assert wrapped.deviation == plain.deviation == 0.1
+    arguments = {"solver": solver, "steps": 6, "seed": 0, "dtype": F64}
+    if isinstance(solver, sd.Adaptive):
+        del arguments["steps"]
+    one = sd.sample(plain, (8, 2), **arguments).x
+    mapped = sd.sample(sd.map_denoised(plain, lambda data: data), (8, 2), **arguments).x
+    torch.testing.assert_close(one, mapped, rtol=1e-5, atol=1e-6)
