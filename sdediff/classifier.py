@@ -26,6 +26,7 @@ References: Song et al. 2021 (arXiv:2011.13456), appendix I; Dhariwal and Nichol
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -103,22 +104,28 @@ class Classifier(nn.Module):
         """`log p(k | x_t = x)` for every class k, `(batch, K)`, in nats; raises as `forward`."""
         return self(t, x).log_softmax(dim=1)
 
-    def log_prob(self, t: Time, x: State, label: Int[Tensor, " batch"] | int) -> PerRow:
+    def log_prob(self, t: Time, x: State, label: Int[Tensor, " batch"] | int | None = None) -> PerRow:
         """`log p(label | x_t = x)`, `(batch,)`, in nats; differentiable in x.
 
         Args:
             t: `()` or `(batch,)`.
             x: `(batch, *event)`.
-            label: one for every row, `(batch,)`, or one for all.
+            label: one for every row, `(batch,)`, or one for all; it must be given.
 
         Raises:
             ShapeError: as `forward`; the labels are not whole numbers.
-            OptionError: a label out of range (told on the CPU only).
+            OptionError: no label, or one out of range (told on the CPU only).
         """
+        if label is None:
+            raise OptionError(
+                "log_prob needs the label whose probability is asked for: log_prob(t, x, label), or for guidance "
+                "ClassifierGuidance(model, classifier.log_prob, label=labels). Of all classes, log_probs(t, x)."
+            )
         log_probs = self.log_probs(t, x)
-        one = torch.as_tensor(label)
         rows, classes = log_probs.shape
-        labels = labels_of(one.expand(rows) if one.ndim == 0 else one, rows, classes, "This Classifier")
+        one = torch.as_tensor(label) if isinstance(label, int | Real) else label
+        told = one.expand(rows) if isinstance(one, Tensor) and one.ndim == 0 else one
+        labels = labels_of(told, rows, classes, "This Classifier")
         return log_probs.gather(1, labels.to(x.device)[:, None])[:, 0]
 
     def loss(

@@ -99,14 +99,24 @@ class LabelDropout:
                 "label_dropout replaces rows of a condition that is a tensor (batch, ...); got "
                 f"{type(condition).__name__}. Drop the parts of others in the dataset."
             )
-        given = torch.as_tensor(self.null)
-        null = given.to(condition)
-        if given.ndim and given.shape != condition.shape[1:]:
-            raise ShapeError(
-                f"null must be a number or shaped as one row's condition, {tuple(condition.shape[1:])}; got "
-                f"{tuple(given.shape)}."
-            )
-        if not condition.is_floating_point() and not torch.equal(null.to(given), given):
-            raise OptionError(f"The condition is {condition.dtype}, which cannot hold null = {self.null}.")
+        null = null_like(self.null, condition)
         dropped = (torch.rand(len(condition)) < self.probability).to(condition.device)
         return torch.where(dropped.reshape(-1, *[1] * (condition.ndim - 1)), null, condition)
+
+
+def null_like(null: Any, condition: Tensor) -> Tensor:
+    """A condition shaped as this one, `(batch, ...)`, in which every row is the null.
+
+    Raises:
+        OptionError: the dtype of the condition cannot hold the null.
+        ShapeError: the null is neither a number nor shaped as an entry.
+    """
+    given = torch.as_tensor(null)
+    if given.ndim and given.shape != condition.shape[1:]:
+        raise ShapeError(
+            f"null must be a number or shaped as one row's condition, {tuple(condition.shape[1:])}; got "
+            f"{tuple(given.shape)}."
+        )
+    if not condition.is_floating_point() and not torch.equal(given.to(condition.dtype).to(given), given):
+        raise OptionError(f"The condition is {condition.dtype}, which cannot hold null = {null}.")
+    return given.to(condition).expand(condition.shape)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sdediff.errors import OptionError, ShapeError
+from sdediff.model import trackable
 from sdediff.shapes import PerRow, State, Time, as_time, check_state, per_row
 
 
@@ -75,8 +76,7 @@ def value_and_slope(function: Callable[..., PerRow], x: State, *rest: Any) -> tu
     graph = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         at = x if graph and x.requires_grad else x.detach().clone().requires_grad_()
-        given = (part.clone() if isinstance(part, Tensor) and part.is_inference() else part for part in rest)
-        value = one_a_row(function(at, *given), at)
+        value = one_a_row(function(at, *trackable(rest)), at)
         if not value.requires_grad:
             return value, None
         slope = torch.autograd.grad(value.sum(), at, create_graph=graph, allow_unused=True)[0]

@@ -31,25 +31,26 @@ Bradley and Nakkiran 2024 (arXiv:2408.09000), what the samples of classifier-fre
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Self, TypeAlias
+from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sdediff.conditions import null_like
 from sdediff.energy import value_and_slope
 from sdediff.errors import CapabilityError, OptionError, ShapeError, TimeError
+from sdediff.guidance_scale import Scale as Scale
+from sdediff.guidance_scale import always, checked_scale, scale_at, scale_of_rows
+from sdediff.guidance_scale import interval as interval
 from sdediff.model import PREDICTIONS, ScoreModel, rows_of
 from sdediff.networks import HEARD
-from sdediff.shapes import PerRow, State, as_float64, over
+from sdediff.shapes import PerRow, State, over
 from sdediff.wrapped import Count, Wrapped
-
-Scale: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
-"""w: a number, one for every row `(batch,)`, or a function of the times `(batch,)` of the rows, float64."""
 
 
 def ClassifierGuidance(
@@ -65,15 +66,15 @@ def ClassifierGuidance(
             up to a number that does not depend on x, differentiable in x; t is `(batch,)`, in the dtype and on the
             device of x. A row's value must not depend on other rows.
         scale: w, a number, a tensor `(batch,)`, or a function of t, from float64 `(batch,)` on the CPU to the same.
-        label: a number for all rows (shown as `(batch,)`), a tensor of one entry for each row, or of one for all,
-            `(1, ...)`; anything else is handed over as it is.
+        label: a number for all rows (shown as `(batch,)`), a tensor or array of one entry for each row, or of one for
+            all, `(1, ...)`; anything else is handed over as it is.
 
     Raises:
         OptionError, ShapeError: a scale that is none of these; when called, a `log_prob` that is not `(batch,)` or that
             has no gradient in x, a label or a scale that is not for this number of rows.
         TimeError: when called where alpha = 0, if the model predicts neither noise nor score.
     """
-    return _guided(model, GuidedByClassifier(model, log_prob, _checked(scale), label), "log_prob")
+    return _guided(model, GuidedByClassifier(model, log_prob, checked_scale(scale), _told(label)), "log_prob")
 
 
 def SimilarityGuidance(
@@ -100,7 +101,7 @@ def SimilarityGuidance(
     places = {"noisy": GuidedBySimilarity, "denoised": GuidedByDenoised}
     if at not in places:
         raise OptionError(f"at says where the similarity is taken, {' or '.join(map(repr, places))}; got {at!r}.")
-    return _guided(model, places[at](model, similarity, _checked(scale), target), "similarity")
+    return _guided(model, places[at](model, similarity, checked_scale(scale), _told(target)), "similarity")
 
 
 def ClassifierFree(model: ScoreModel, scale: Scale = 1.0, *, null: Any = None, negative: Any = None) -> ScoreModel:
@@ -112,8 +113,9 @@ def ClassifierFree(model: ScoreModel, scale: Scale = 1.0, *, null: Any = None, n
     Args:
         model: a model that takes a condition.
         scale: w, as in `ClassifierGuidance`. Where guidance is printed as `uncond + s (cond - uncond)`, s = 1 + w.
-        null: the condition that says nothing, one number or tensor for all rows, as the network was trained with it
-            (`fit(..., label_dropout=...)`); None calls the network without a condition, `network(x, t)`.
+        null: the condition that says nothing, as the network was trained with it (`fit(..., label_dropout=...)`): a
+            number, for every entry of the condition, or a tensor shaped as one row's condition; None calls the network
+            without a condition, `network(x, t)`.
         negative: a condition in the place of null, which samples are moved away from: a number for all rows, a tensor
             of one entry for each row, or of one for all, `(1, ...)`; anything else is handed over as it is.
 
@@ -121,22 +123,7 @@ def ClassifierFree(model: ScoreModel, scale: Scale = 1.0, *, null: Any = None, n
         OptionError, ShapeError: a scale that is none of these; when called, no condition, or a scale or negative
             condition that is not for this number of rows.
     """
-    return _guided(model, ClassifierFreeGuided(model, _checked(scale), null, negative))
-
-
-def interval(scale: float | Callable[[Tensor], Tensor], low: float, high: float) -> Interval:
-    """The scale between the times low and high, both included, and 0 beyond: guidance in the middle of the path.
-
-    Times are those of the SDE; for noise levels write `sde.time(log_snr)`.
-
-    Raises:
-        OptionError: not low < high, or a scale of another kind.
-    """
-    if isinstance(scale, Tensor):
-        raise OptionError("The scale of an interval is a number or a function of t; got a tensor.")
-    if not low < high:
-        raise OptionError(f"interval needs times low < high; got low = {low}, high = {high}.")
-    return Interval(_checked(scale), low, high)
+    return _guided(model, ClassifierFreeGuided(model, checked_scale(scale), null, _told(negative)))
 
 
 def cosine(x: State, target: State) -> PerRow:
@@ -150,58 +137,6 @@ def cosine(x: State, target: State) -> PerRow:
     if x.shape != target.shape:
         raise ShapeError(f"cosine compares rows of one shape; got {tuple(x.shape)} and {tuple(target.shape)}.")
     return nn.functional.cosine_similarity(x.flatten(1), target.flatten(1), dim=1)
-
-
-# Scales
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A scale that is 0 outside of `[low, high]`."""
-
-    scale: Scale
-    low: float
-    high: float
-
-    def __call__(self, t: Tensor) -> Tensor:
-        return scale_at(self.scale, t) * ((t >= self.low) & (t <= self.high))
-
-
-def _checked(scale: Scale) -> Scale:
-    """The scale; tensors in float64 on the CPU, where times are."""
-    if isinstance(scale, Tensor) and scale.ndim == 1 and not scale.is_complex():
-        if not bool(scale.isfinite().all()):
-            raise OptionError(f"A scale must be finite; got {scale.tolist()}.")
-        return scale.to("cpu", torch.float64)
-    if isinstance(scale, Real) or (isinstance(scale, Tensor) and scale.ndim == 0):
-        if not math.isfinite(number := float(scale)):
-            raise OptionError(f"A scale must be finite; got {number}.")
-        return number
-    if isinstance(scale, Tensor) or not callable(scale):
-        got = f"a tensor of shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else repr(scale)
-        raise OptionError(
-            f"The scale w is a number, a tensor of one number for each row, (batch,), or a function of t; got {got}."
-        )
-    return scale
-
-
-def scale_at(scale: Scale, t: Tensor) -> Tensor:
-    """w of every row at times `(batch,)`, float64.
-
-    Raises:
-        ShapeError, OptionError: it is not one finite number for each row.
-    """
-    if isinstance(scale, float):
-        return torch.full_like(t, scale)
-    w = scale if isinstance(scale, Tensor) else scale(t)
-    if not isinstance(w, Tensor) or w.shape != t.shape:
-        got = f"shape {tuple(w.shape)}" if isinstance(w, Tensor) else repr(w)
-        kind = "A tensor" if isinstance(scale, Tensor) else "A function of t"
-        raise ShapeError(f"{kind} as the scale must give one w for each of {len(t)} rows, ({len(t)},); got {got}.")
-    w = as_float64(w)
-    if not bool(w.isfinite().all()):
-        raise OptionError(f"A scale must be finite; got {w[~w.isfinite()][0]:g} at t = {t[~w.isfinite()][0]:g}.")
-    return w
 
 
 # Networks
@@ -234,8 +169,15 @@ class Guided(Wrapped):
         """The model's value, of the kind of the guided model, and the gradient of the function in x."""
 
     def rows(self, index: slice | Tensor, batch: int) -> Self:
-        about, scale = (rows_of(part, index, batch) for part in (self.about, self.scale))
+        about, scale = _about_rows(self.about, index, batch, self._told_as), scale_of_rows(self.scale, index, batch)
         return replace(super().rows(index, batch), about=about, scale=scale)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Those of the model, and those of a function that is a module or a method of one."""
+        yield from super().modules()
+        owner = getattr(self.function, "__self__", self.function)
+        if isinstance(owner, nn.Module):
+            yield from owner.modules()
 
     @property
     def no_density(self) -> str | None:
@@ -246,11 +188,12 @@ class Guided(Wrapped):
             "of any density. (ClassifierGuidance with scale=1 and the true log p(y | x_t) has one, p(x | y).)"
         )
 
-    _name = "guidance by a similarity"
+    _name: ClassVar[str] = "guidance by a similarity"
+    _told_as: ClassVar[str] = "target"
 
     def _exact(self) -> bool:
         """Whether the score may be that of a density."""
-        return _is(self.scale, 0)
+        return always(self.scale, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,15 +212,16 @@ class GuidedByClassifier(GuidedByState):
     """log_prob(t, x) or log_prob(t, x, label)."""
 
     _name = "classifier guidance with a scale that is not the number 1"
+    _told_as = "label"
 
     def slope(self, t: Tensor, x: State) -> State:
         def function(x: State, t: Tensor, *label: Any) -> PerRow:
             return _one_a_row(self.function(t, x, *label), x, "log_prob(t, x)")
 
-        return _slope(function, x, t.to(x), *_laid(self.about, x, "label"))
+        return _slope(function, x, t.to(x), *_laid(self.about, x, self._told_as))
 
     def _exact(self) -> bool:
-        return _is(self.scale, 0) or _is(self.scale, 1)
+        return always(self.scale, 0) or always(self.scale, 1)
 
 
 class GuidedBySimilarity(GuidedByState):
@@ -287,7 +231,7 @@ class GuidedBySimilarity(GuidedByState):
         def function(x: State, *target: Any) -> PerRow:
             return _one_a_row(self.function(x, *target), x, "similarity(x)")
 
-        return _slope(function, x, *_laid(self.about, x, "target"))
+        return _slope(function, x, *_laid(self.about, x, self._told_as))
 
 
 class GuidedByDenoised(Guided):
@@ -303,7 +247,7 @@ class GuidedByDenoised(Guided):
             values.append(_as_kind(model, t, x, output))
             return _one_a_row(self.function(_view(model, "data", t, x, output), *target), x, "similarity(x)")
 
-        slope = _slope(function, x, *_laid(self.about, x, "target"))
+        slope = _slope(function, x, *_laid(self.about, x, self._told_as))
         return (values[0] if torch.is_grad_enabled() else values[0].detach()), slope
 
 
@@ -318,7 +262,7 @@ class ClassifierFreeGuided(Wrapped):
     def __call__(self, x: State, t: Tensor, condition: Any = None) -> State:
         w = scale_at(self.scale, t)
         if bool((w == -1).all()):
-            return self._without(x, t)
+            return self._without(x, t, condition)
         if condition is None:
             raise OptionError(
                 "ClassifierFree needs a condition: write sample(..., condition=labels), or guided.given(labels)."
@@ -328,24 +272,27 @@ class ClassifierFreeGuided(Wrapped):
             return value
         listening = HEARD.set(None)  # the variance of a step is that of the conditional call
         try:
-            other = self._without(x, t)
+            other = self._without(x, t, condition)
         finally:
             HEARD.reset(listening)
         return over(1 + w, x) * value - over(w, x) * other
 
-    def _without(self, x: State, t: Tensor) -> State:
-        condition = None
+    def _without(self, x: State, t: Tensor, given: Any) -> State:
+        condition = self.null
         if self.negative is not None:
             (condition,) = _laid(self.negative, x, "negative")
-        elif isinstance(self.null, Real | Tensor):
-            null = torch.as_tensor(self.null, device=x.device)
+        elif isinstance(condition, Real) and isinstance(given, Tensor) and given.ndim:
+            condition = null_like(condition, given)
+        elif isinstance(condition, Real | Tensor):
+            null = torch.as_tensor(condition, device=x.device)
             condition = null.expand(len(x), *null.shape)
-        else:
-            condition = self.null
         return _value(self.model, t, x, condition)
 
     def rows(self, index: slice | Tensor, batch: int) -> Self:
-        negative, scale = (rows_of(part, index, batch) for part in (self.negative, self.scale))
+        negative, scale = (
+            _about_rows(self.negative, index, batch, "negative"),
+            scale_of_rows(self.scale, index, batch),
+        )
         return replace(super().rows(index, batch), negative=negative, scale=scale)
 
     def evaluations(self, t: Tensor) -> Count:
@@ -355,7 +302,7 @@ class ClassifierFreeGuided(Wrapped):
 
     @property
     def no_density(self) -> str | None:
-        if _is(self.scale, 0) or _is(self.scale, -1):
+        if always(self.scale, 0) or always(self.scale, -1):
             return super().no_density
         return super().no_density or (
             "classifier-free guidance with a scale that is not the number 0 gives at every t the score of "
@@ -457,12 +404,28 @@ def _laid(about: Any, x: State, name: str) -> tuple[Any, ...]:
     told = torch.as_tensor(about, device=x.device)
     if told.ndim == 0 or (len(told) == 1 and len(x) != 1):
         told = told.reshape(1, *told.shape[1:]).expand(len(x), *told.shape[1:])
-    if len(told) != len(x):
+    _check_entries(told, len(x), name)
+    return (told,)
+
+
+def _about_rows(about: Any, index: slice | Tensor, batch: int, name: str) -> Any:
+    """The same for some rows; refused now if it is not for this batch, as it might happen to fit a part of it."""
+    if isinstance(about, Tensor) and about.ndim and len(about) != 1:
+        _check_entries(about, batch, name)
+    return rows_of(about, index, batch)
+
+
+def _check_entries(told: Tensor, rows: int, name: str) -> None:
+    if len(told) != rows:
         raise ShapeError(
-            f"{name} has {len(told)} entries, shape {tuple(told.shape)}, and there are {len(x)} rows: give one for "
+            f"{name} has {len(told)} entries, shape {tuple(told.shape)}, and there are {rows} rows: give one for "
             "each row, or one for all, a number or a tensor of shape (1, ...)."
         )
-    return (told,)
+
+
+def _told(about: Any) -> Any:
+    """What a function is told, as it is kept: arrays as tensors, which are cut to rows."""
+    return torch.as_tensor(about) if isinstance(about, np.ndarray) else about
 
 
 def _unconditional(model: ScoreModel) -> ScoreModel:
@@ -471,7 +434,3 @@ def _unconditional(model: ScoreModel) -> ScoreModel:
     if isinstance(network, Wrapped):
         network = replace(network, model=_unconditional(network.model))
     return replace(model, network=network, condition=None)
-
-
-def _is(scale: Scale, number: float) -> bool:
-    return isinstance(scale, float) and scale == number

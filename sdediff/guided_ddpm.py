@@ -24,7 +24,8 @@ from typing import ClassVar
 import torch
 
 from sdediff.errors import CapabilityError, OptionError
-from sdediff.guidance import GuidedByState, scale_at
+from sdediff.guidance import GuidedByState
+from sdediff.guidance_scale import scale_at
 from sdediff.model import ScoreModel
 from sdediff.noise import NoiseStream
 from sdediff.reverse import Reverse
@@ -54,6 +55,11 @@ class GuidedDDPM(TableSolver):
     noise_level: float = field(default=1.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if callable(self.variance):
+            raise OptionError(
+                "GuidedDDPM takes log_prob and scale from the model: write sample(ClassifierGuidance(model, log_prob, "
+                "scale), ..., solver=GuidedDDPM())."
+            )
         _ = self._variance
         if self.at not in ("state", "mean"):
             raise OptionError(f"at says where the gradient is taken, 'state' or 'mean'; got {self.at!r}.")

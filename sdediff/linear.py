@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from sdediff.errors import SDEError, ShapeError, TimeError
+from sdediff.errors import OptionError, SDEError, ShapeError, TimeError
 from sdediff.moments import Moments
 from sdediff.sde import SDE, SLACK, Along, Frame
 from sdediff.shapes import Grid, State, Time, as_float64, as_time, check_state, over
@@ -393,5 +393,8 @@ def as_linear(sde: SDE) -> LinearSDE:
 
     Raises:
         SDEError: the SDE is not linear, alpha is not positive, or the SNR does not fall strictly.
+        OptionError: it is no SDE.
     """
+    if not isinstance(sde, SDE):
+        raise OptionError(f"The sde must be an SDE, such as VP(), with its brackets; got {sde!r}.")
     return sde.linear()

@@ -281,7 +281,8 @@ class ScoreModel:
         scale, seen = self._inputs(clock)
         inputs, dtype = x if scale is None else x / over(scale, x), _dtype_of(self.network) or x.dtype
         condition = self.condition if condition is None else condition
-        return _in(inputs, dtype), self._clock(seen, x, dtype), *(() if condition is None else (condition,))
+        given = self._clock(seen, x, dtype), *(() if condition is None else (condition,))
+        return _in(inputs, dtype), *(trackable(given) if torch.is_grad_enabled() else given)
 
     def along(self, times: Grid) -> Callable[[int, State], State]:
         """`(k, x) -> predict(times[k], x)` for the times of a grid, with all that depends on time computed once."""
@@ -375,12 +376,27 @@ def evaluating(network: Callable[..., Tensor]) -> Iterator[None]:
 
 def rows_of(condition: Any, index: slice | Tensor, batch: int) -> Any:
     """The rows of tensors with one entry per row, also inside dicts, lists and tuples; all else passes untouched."""
-    if isinstance(condition, Tensor) and condition.ndim and condition.shape[0] == batch:
-        return condition[index.to(condition.device) if isinstance(index, Tensor) else index]
+
+    def rows(part: Tensor) -> Tensor:
+        if part.ndim and part.shape[0] == batch:
+            return part[index.to(part.device) if isinstance(index, Tensor) else index]
+        return part
+
+    return _each_tensor(condition, rows)
+
+
+def trackable(condition: Any) -> Any:
+    """Tensors made under inference_mode as such that autograd takes, likewise; to be called outside of that mode."""
+    return _each_tensor(condition, lambda part: part.clone() if part.is_inference() else part)
+
+
+def _each_tensor(condition: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(condition, Tensor):
+        return change(condition)
     if isinstance(condition, dict):
-        return {name: rows_of(value, index, batch) for name, value in condition.items()}
+        return {name: _each_tensor(value, change) for name, value in condition.items()}
     if type(condition) in (list, tuple):
-        return type(condition)(rows_of(value, index, batch) for value in condition)
+        return type(condition)(_each_tensor(value, change) for value in condition)
     return condition
 
 

@@ -517,6 +517,111 @@ def test_the_variance_of_a_network_with_two_outputs_is_that_of_the_conditional_c
     torch.testing.assert_close(step(sd.DDPM(sd.LearnedVariance()), free, z), expected)
 
 
+def test_what_is_for_another_batch_is_refused_though_it_fits_a_chunk():
+    model = model_of(sd.VP())
+    short, few = LABELS[:4], torch.ones(4)
+    log_prob = classifier(sd.VP())
+    guided = [
+        (sd.ClassifierGuidance(model, log_prob, label=short), "label has 4 entries.*8 rows"),
+        (
+            sd.ClassifierGuidance(model, classifier(sd.VP()), few, label=1),
+            r"for each of 8 rows, \(8,\); got shape \(4,\)",
+        ),
+        (sd.SimilarityGuidance(model, quadratic, target=X[:4]), "target has 4 entries.*8 rows"),
+        (sd.ClassifierFree(model, negative=short).given(LABELS[:8]), "negative has 4 entries.*8 rows"),
+        (sd.ClassifierFree(model, few).given(LABELS[:8]), r"for each of 8 rows, \(8,\); got shape \(4,\)"),
+    ]
+    for one, says in guided:
+        for outer in (one, sd.clamp_denoised(one)):
+            with pytest.raises(sd.ShapeError, match=says):
+                sd.sample(outer, (8, 2), steps=2, seed=0, batch_size=4)
+    shared = sd.ClassifierGuidance(model, log_prob, label=LABELS[:1])
+    assert sd.sample(shared, (8, 2), steps=2, seed=0, batch_size=4).x.isfinite().all()
+
+
+def test_arrays_are_rows_too():
+    model, labels = model_of(sd.VP()), LABELS.numpy()
+    by_array, by_tensor = (sd.ClassifierGuidance(model, classifier(sd.VP()), label=y) for y in (labels, LABELS))
+    found, expected = (sd.sample(m, (9, 2), steps=2, seed=0, batch_size=4).x for m in (by_array, by_tensor))
+    assert torch.equal(found, expected)
+
+
+def test_modules_that_guide_are_in_evaluation_mode_while_sampling():
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.modes = torch.nn.BatchNorm1d(2, dtype=F64), set()
+
+        def forward(self, t, x):
+            self.modes.add(self.training)
+            return self.norm(x).sum(1)
+
+        def sim(self, x):
+            return self(None, x)
+
+    model = model_of(sd.VP(), "v")
+    for guide in (
+        lambda m: sd.ClassifierGuidance(model, m),
+        lambda m: sd.SimilarityGuidance(model, m.sim, at="denoised"),
+        lambda m: sd.clamp_denoised(sd.ClassifierGuidance(model, m.forward)),
+    ):
+        module = Normed().train()
+        sd.sample(guide(module), (9, 2), steps=3, seed=0)
+        assert module.modes == {False}
+        assert module.training
+        assert module.norm.training
+        assert torch.equal(module.norm.running_mean, torch.zeros(2, dtype=F64))
+    plain = torch.nn.Linear(2, 2, dtype=F64)
+    of_network = sd.ScoreModel(plain, sd.VP())
+    assert plain in list(sd.ClassifierGuidance(of_network, Normed()).network.modules())
+
+
+def test_a_scale_that_learns_keeps_its_gradient():
+    model, start = model_of(sd.VP()), X.clone()
+    truth = [torch.full((9,), 1.5, dtype=F64, requires_grad=True), torch.tensor(1.5, dtype=F64, requires_grad=True)]
+    for make in (
+        lambda w: sd.ClassifierGuidance(model, classifier(sd.VP()), w, label=LABELS),
+        lambda w: sd.ClassifierFree(model, w, null=NULL).given(LABELS),
+    ):
+        slopes = []
+        for w in truth:
+            options = {"solver": sd.DDIM(), "steps": 3, "x_init": start, "differentiable": True}
+            (slope,) = torch.autograd.grad(sd.sample(make(w), (9, 2), **options).x.square().sum(), w)
+            slopes.append(slope.sum())
+        torch.testing.assert_close(slopes[0], slopes[1])
+        assert slopes[0].abs() > 1e-3
+        assert make(truth[1]).no_density is not None
+        parts = sd.sample(make(truth[1]), (9, 2), steps=2, seed=0, batch_size=4)
+        assert torch.equal(parts.x, sd.sample(make(1.5), (9, 2), steps=2, seed=0, batch_size=4).x)
+
+
+def test_tensors_of_inference_mode_guide():
+    """Saved for the gradient they are refused by torch: times, conditions, and what stands in dicts."""
+    sde = sd.RectifiedFlow()
+    network = lambda x, t, c: torch.tanh(x * c["a"]) * t[:, None]  # noqa: E731  # of one line
+
+    def sample():
+        condition = {"a": torch.linspace(-1, 1, 9, dtype=F64)[:, None] + 0}
+        model = sd.ScoreModel(network, sde, "v")
+        inner = sd.SimilarityGuidance(model.given(condition), lambda x: -x.square().sum(1), 0.3, at="denoised")
+        guided = sd.ClassifierGuidance(inner, lambda t, x, y: torch.tanh(x * y["a"]).sum(1), label=condition)
+        return sd.sample(guided, (9, 2), steps=4, seed=0, dtype=F64).x
+
+    with torch.inference_mode():
+        inside = sample()
+    assert torch.equal(inside.clone(), sample())
+
+
+@pytest.mark.parametrize("null", [0.5, torch.full((3,), 0.5, dtype=F64)])
+def test_a_number_for_null_fills_vectors_as_in_training(null):
+    model = sd.ScoreModel(lambda x, t, c: x + c.sum(1, keepdim=True), sd.VP())
+    condition = torch.linspace(-1, 1, 27, dtype=F64).reshape(9, 3)
+    free = sd.ClassifierFree(model, 2.0, null=null).given(condition)
+    torch.testing.assert_close(free.predict(0.5, X), X + 3 * condition.sum(1, keepdim=True) - 2 * 1.5)
+    with refused(sd.OptionError, "torch.int64", "cannot hold null = 0.5"):
+        sd.ClassifierFree(model_of(sd.VP()), null=0.5).given(LABELS).score(0.5, X)
+
+
 # Bad input
 
 

@@ -208,6 +208,8 @@ def test_what_it_cannot_do_is_said():
         sd.sample(denoised, (5, 1), solver=sd.GuidedDDPM(), steps=3)
     with pytest.raises(sd.OptionError, match="'state' or 'mean'; got 'end'"):
         sd.GuidedDDPM(at="end")
+    with pytest.raises(sd.OptionError, match=r"from the model: write sample\(ClassifierGuidance\(model, log_prob"):
+        sd.GuidedDDPM(log_prob(sde))
     with pytest.raises(sd.OptionError, match="Unknown variance 'small' for GuidedDDPM"):
         sd.GuidedDDPM("small")
     assert dataclasses.replace(sd.GuidedDDPM(), at="mean") == sd.GuidedDDPM(at="mean")
