@@ -159,7 +159,8 @@ def save(model: ScoreModel, path: str | Path) -> None:
     folder = Path(path)
     if not isinstance(model.network, nn.Module):
         raise OptionError(
-            f"Only a model whose network is a torch.nn.Module can be saved; got {type(model.network).__name__}."
+            f"Only a model whose network is a torch.nn.Module can be saved; got {type(model.network).__name__}. "
+            "Of a model made of another one, such as a guided one, save the model inside, and make it again."
         )
     folder.mkdir(parents=True, exist_ok=True)
     state = dict(model.network.state_dict())

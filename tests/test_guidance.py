@@ -733,6 +733,11 @@ def test_labels_and_conditions_that_do_not_fit_are_refused():
         cosine(X, X[:, :1])
 
 
+def test_what_can_be_saved_is_said(tmp_path):
+    with refused(sd.OptionError, "got ClassifierFreeGuided", "save the model inside"):
+        sd.save(sd.ClassifierFree(model_of(sd.VP())), tmp_path)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_end_without_a_signal(kind):
     """Where alpha = 0 a gradient can guide noise and score only; classifier-free guidance has no such end."""
