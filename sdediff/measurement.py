@@ -56,11 +56,12 @@ class Measurement:
     def __init__(self, A: LinearOperator | Tensor, y: Tensor, noise_std: Tensor | float) -> None:
         operator, std = as_operator(A), checked_std(noise_std)
         _check_finite(y)
-        m = operator.measured
+        event, m = operator.event, operator.measured
         if tuple(y.shape) != m and tuple(y.shape[1:]) != m:
             raise ShapeError(
                 f"y must have shape {m}, for all rows, or (batch{''.join(f', {n}' for n in m)}), one for each, as A "
                 f"gives ({operator}); got {tuple(y.shape)}."
+                + (" That is the shape of an event: write y = A(x0)." if y.shape[-len(event) :] == event else "")
             )
         if std.ndim and tuple(std.shape) != m:
             raise ShapeError(

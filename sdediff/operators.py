@@ -132,7 +132,9 @@ class Matrix(LinearOperator):
     """
 
     def __init__(self, matrix: Tensor, event: int | Shape | None = None) -> None:
-        matrix = torch.as_tensor(matrix)
+        with torch.inference_mode(False):  # a matrix made in that mode would keep gradients from passing
+            matrix = torch.as_tensor(matrix)
+            matrix = matrix.clone() if matrix.is_inference() else matrix
         self._matrix, self._any = matrix, event is None
         if matrix.ndim != 2 or not matrix.is_floating_point():
             raise ShapeError(
@@ -289,7 +291,8 @@ def check_adjoint(A: LinearOperator, like: Tensor | None = None, *, seed: int = 
         seed: of the points.
 
     Raises:
-        OptionError: `<A x, z>` and `<x, A^T z>` differ, or `A(a x + b y)` and `a A x + b A y`; both numbers are told.
+        OptionError: A x is not finite; `<A x, z>` and `<x, A^T z>` differ, or `A(a x + b y)` and `a A x + b A y`, and then
+            both numbers are told.
         ShapeError: the adjoint's result is not shaped as a batch of events.
     """
     like = torch.empty(0, dtype=torch.float64) if like is None else like
@@ -302,6 +305,8 @@ def check_adjoint(A: LinearOperator, like: Tensor | None = None, *, seed: int = 
         x, y, z = drawn(A.event), drawn(A.event), drawn(A.measured)
         slack = torch.finfo(like.dtype).eps ** 0.5
         image, other, mixed = A(x), A(y), A(2 * x - 3 * y)
+        if not bool(image.isfinite().all()):
+            raise OptionError("A x is NaN or infinite at a random point x.")
         _compare(
             _dot(mixed, z),
             _dot(2 * image - 3 * other, z),
@@ -332,7 +337,8 @@ def measured_by(forward: Callable[[State], Tensor], event: Shape, like: Tensor) 
         with torch.no_grad():
             out: object = forward(torch.zeros(2, *event, dtype=like.dtype, device=like.device))
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        raise OptionError(f"{asked}; a batch of 2, {like.dtype}, made it fail: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0]
+        raise OptionError(f"{asked}; a batch of 2, {like.dtype}, made it fail: {said}") from error
     if not isinstance(out, Tensor) or out.ndim == 0 or len(out) != 2:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ShapeError(f"{asked}; a batch of 2 gave {got}.")
