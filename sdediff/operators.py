@@ -291,7 +291,7 @@ def check_adjoint(A: LinearOperator, like: Tensor | None = None, *, seed: int = 
         seed: of the points.
 
     Raises:
-        OptionError: A x is not finite; `<A x, z>` and `<x, A^T z>` differ, or `A(a x + b y)` and `a A x + b A y`, and then
+        OptionError: A x is not finite, or `<A x, z>` and `<x, A^T z>` differ, or `A(a x + b y)` and `a A x + b A y`;
             both numbers are told.
         ShapeError: the adjoint's result is not shaped as a batch of events.
     """
