@@ -11,7 +11,7 @@ are 3 of its entries and 3 combinations of all. Scores are exact, so that all er
 The first row of a table is its floor: the errors of as many true posterior samples, which are what chance leaves, and
 their standard error over runs with seeds of their own. The rows "exact score" have the model of the posterior itself,
 and show what the solver leaves. Rows are run by the flow with the default solver, or by DDPM with more steps where
-said. All numbers are means over runs. Bold ones are at the floor: not more than two standard errors of the difference
+said. All numbers are means over runs. Bold ones cannot be told from the floor: not more than two standard errors of the difference
 above true samples, for the flow, or above the exact score by DDPM, for DDPM. Methods whose states become infinite, or
 whose errors pass 1000, "diverge".
 
@@ -221,7 +221,7 @@ def shown(results: Runs, method: str, metric: str) -> str:
 def overview(everything: dict[str, Runs], metric: str) -> str:
     """Methods against problems."""
     lines = [[method, *(shown(results, method, metric) for results in everything.values())] for method in METHODS]
-    return table(["method", *everything], lines) + "\n"
+    return table(["method", *everything], lines)
 
 
 def azula_differences() -> str:
@@ -329,8 +329,8 @@ def main() -> None:
         "# Linear inverse problems\n\n"
         "Errors of posterior samples against the truth, exact scores; see the docstring of `benchmarks/inverse.py`. "
         f"VP(0.1, 20), {FLOW} steps of `Exponential()`, the flow, or {CHAIN} of `DDPM()`; means over {runs} runs of "
-        f"{n} samples. The first row is the sampling error of the truth itself; **bold** is at that floor (for rows "
-        "with DDPM, at that of the exact score by DDPM).\n\n"
+        f"{n} samples. The first row is the sampling error of the truth itself; **bold** cannot be told from that floor (for "
+        "rows with DDPM, from that of the exact score by DDPM).\n\n"
         f"{versions()}\n\n{compared}\n"
     )
     titles = {
