@@ -11,9 +11,9 @@ are 3 of its entries and 3 combinations of all. Scores are exact, so that all er
 The first row of a table is its floor: the errors of as many true posterior samples, which are what chance leaves, and
 their standard error over runs with seeds of their own. The rows "exact score" have the model of the posterior itself,
 and show what the solver leaves. Rows are run by the flow with the default solver, or by DDPM with more steps where
-said. All numbers are means over runs. Bold ones cannot be told from the floor: not more than two standard errors of the difference
-above true samples, for the flow, or above the exact score by DDPM, for DDPM. Methods whose states become infinite, or
-whose errors pass 1000, "diverge".
+said. All numbers are means over runs. Bold ones cannot be told from the floor: not more than two standard errors of the
+difference above true samples, for the flow, or above the exact score by DDPM, for DDPM. Methods whose states become
+infinite, or whose errors pass 1000, "diverge".
 
 With azula installed, the guided denoiser of its MMPS, and the gradient steps of its DPS and PGDM, are compared with
 ours on one problem.
@@ -329,8 +329,8 @@ def main() -> None:
         "# Linear inverse problems\n\n"
         "Errors of posterior samples against the truth, exact scores; see the docstring of `benchmarks/inverse.py`. "
         f"VP(0.1, 20), {FLOW} steps of `Exponential()`, the flow, or {CHAIN} of `DDPM()`; means over {runs} runs of "
-        f"{n} samples. The first row is the sampling error of the truth itself; **bold** cannot be told from that floor (for "
-        "rows with DDPM, from that of the exact score by DDPM).\n\n"
+        f"{n} samples. The first row is the sampling error of the truth itself; **bold** cannot be told "
+        "from that floor (for rows with DDPM, from that of the exact score by DDPM).\n\n"
         f"{versions()}\n\n{compared}\n"
     )
     titles = {
