@@ -8,15 +8,17 @@ are 3 of its entries and 3 combinations of all. Scores are exact, so that all er
 - cov: relative Frobenius error of the posterior covariance;
 - energy: energy distance to as many true samples (mixture only).
 
-The row "truth" has true posterior samples, as many as the others, and so shows what is left to chance; the rows "exact
-score" have the model of the posterior itself, and show what the solver leaves. Rows are run by the flow with the
-default solver, or by DDPM with more steps where said. Numbers are means over runs with seeds of their own, and their
-standard errors. Runs whose states become infinite, or whose covariance is wrong by a factor of 1000, "diverge".
+The first row of a table is its floor: the errors of as many true posterior samples, which are what chance leaves, and
+their standard error over runs with seeds of their own. The rows "exact score" have the model of the posterior itself,
+and show what the solver leaves. Rows are run by the flow with the default solver, or by DDPM with more steps where
+said. All numbers are means over runs. Bold ones cannot be told from the floor: not more than two standard errors of the
+difference above true samples, for the flow, or above the exact score by DDPM, for DDPM. Methods whose states become
+infinite, or whose errors pass 1000, "diverge".
 
 With azula installed, the guided denoiser of its MMPS, and the gradient steps of its DPS and PGDM, are compared with
 ours on one problem.
 
-Writes `inverse.csv` and `inverse.md`. About two minutes.
+Writes `inverse.csv`, with every run, and `inverse.md`. About four minutes.
 
     python -m benchmarks.inverse [--quick]
 """
@@ -148,10 +150,13 @@ def replaced(p: Problem, n: int, seed: int) -> Tensor:
     return sampled(p.data.model(SDE), p, n, seed, solver, CHAIN)
 
 
+FLOOR, DDPM = "truth (floor)", "DDPM"
+
 METHODS: dict[str, Draw] = {
-    "truth": lambda p, n, seed: p.posterior.sample(n, seed=1000 + seed),
+    FLOOR: lambda p, n, seed: p.posterior.sample(n, seed=1000 + seed),
     "exact score": exact(),
     "mmps": guided("mmps"),
+    "mmps, 10 iterations": guided("mmps", iterations=10),
     "mmps, 3 iterations": guided("mmps", iterations=3),
     "pigdm": guided("pigdm"),
     "dps": guided("dps"),
@@ -189,14 +194,34 @@ def run(p: Problem, draw: Draw, n: int, runs: int) -> tuple[list[dict[str, float
     return out, (time.process_time() - start) / runs
 
 
-def shown(values: list[float]) -> str:
-    """Mean and standard error over runs."""
-    if not values or max(values) > 1e3:
+Runs = dict[str, list[dict[str, float]]]
+"""Method to the metrics of its runs."""
+
+
+def average(runs: list[dict[str, float]], metric: str) -> tuple[float, float]:
+    """Mean and standard error over runs; infinite if they diverged."""
+    part = torch.tensor([result[metric] for result in runs], dtype=F64)
+    if not len(part) or part.max() > 1e3:
+        return math.inf, math.inf
+    return part.mean().item(), (part.std() / math.sqrt(len(part))).item()
+
+
+def shown(results: Runs, method: str, metric: str) -> str:
+    """The error of a method, with its standard error for the floor, bold where it is at it."""
+    value, error = average(results[method], metric)
+    if math.isinf(value):
         return "diverges"
-    part = torch.tensor(values, dtype=F64)
-    error = part.std() / math.sqrt(len(part))
-    digits = 3 if part.mean() < 10 else 0
-    return f"{part.mean():.{digits}f} ± {error:.{digits}f}"
+    digits = 3 if value < 10 else 0
+    if method == FLOOR:
+        return f"{value:.{digits}f} ± {error:.{digits}f}"
+    best, around = average(results[f"exact score, {DDPM}" if DDPM in method else FLOOR], metric)
+    return f"**{value:.{digits}f}**" if value <= best + 2 * math.hypot(error, around) else f"{value:.{digits}f}"
+
+
+def overview(everything: dict[str, Runs], metric: str) -> str:
+    """Methods against problems."""
+    lines = [[method, *(shown(results, method, metric) for results in everything.values())] for method in METHODS]
+    return table(["method", *everything], lines)
 
 
 def azula_differences() -> str:
@@ -279,41 +304,57 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    n, runs = (200, 2) if args.quick else (500, 3)
+    n, runs = (200, 2) if args.quick else (500, 4)
     with torch.enable_grad():
         compared = azula_differences()
     print(compared)
+    rows: list[dict[str, Any]] = []
+    spent = dict.fromkeys(METHODS, 0.0)
+    kinds: dict[str, dict[str, Runs]] = {}
+    problems = {"Gaussian": gaussian_problems(), "Mixture": mixture_problems()}
+    for kind, these in problems.items():
+        kinds[kind] = {}
+        for p in these:
+            results = kinds[kind][p.name] = {}
+            for name, draw in METHODS.items():
+                results[name], seconds = run(p, draw, n, runs)
+                spent[name] += seconds / sum(map(len, problems.values()))
+                rows += [
+                    {"problem": p.name, "method": name, "run": i, "seconds": seconds}
+                    | {m: result.get(m, math.nan) for m in ("mean", "cov", "energy")}
+                    for i, result in enumerate(results[name])
+                ]
+            print(p.name, flush=True)
     text = (
         "# Linear inverse problems\n\n"
-        "Posterior mean and covariance of samples against the truth, exact scores; see the docstring of "
-        f"`benchmarks/inverse.py`. VP(0.1, 20), {FLOW} steps of `Exponential()`, the flow, or {CHAIN} of `DDPM()`; "
-        f"{runs} runs of {n} samples, mean ± standard error over runs; seconds of processor time a run.\n\n"
+        "Errors of posterior samples against the truth, exact scores; see the docstring of `benchmarks/inverse.py`. "
+        f"VP(0.1, 20), {FLOW} steps of `Exponential()`, the flow, or {CHAIN} of `DDPM()`; means over {runs} runs of "
+        f"{n} samples. The first row is the sampling error of the truth itself; **bold** cannot be told "
+        "from that floor (for rows with DDPM, from that of the exact score by DDPM).\n\n"
         f"{versions()}\n\n{compared}\n"
     )
-    rows: list[dict[str, Any]] = []
-    for p in (*gaussian_problems(), *mixture_problems()):
-        metrics, lines = ["mean", "cov", *(["energy"] if p.name.startswith("mixture") else [])], []
-        for name, draw in METHODS.items():
-            results, seconds = run(p, draw, n, runs)
-            spent = "-" if math.isnan(seconds) else f"{seconds:.2f}"
-            lines.append([name, *(shown([result[m] for result in results]) for m in metrics), spent])
-            rows += [
-                {"problem": p.name, "method": name, "run": i, "seconds": seconds}
-                | {m: result.get(m, math.nan) for m in ("mean", "cov", "energy")}
-                for i, result in enumerate(results)
-            ]
-        text += f"## {p.name}\n\n" + table(["method", *metrics, "seconds"], lines) + "\n"
-        print(p.name, flush=True)
-    p, lines = gaussian_problems()[2], []
+    titles = {
+        "mean": "posterior mean, RMS error in units of the posterior standard deviation",
+        "cov": "posterior covariance, relative error in Frobenius norm",
+        "energy": "energy distance to true samples",
+    }
+    for kind, everything in kinds.items():
+        for metric, title in titles.items():
+            if metric != "energy" or kind == "Mixture":
+                text += f"## {kind} data: {title}\n\n{overview(everything, metric)}\n"
+    costs = [[name, "-" if math.isnan(seconds) else f"{seconds:.2f}"] for name, seconds in spent.items()]
+    text += "## Seconds of processor time a run, mean over problems\n\n" + table(["method", "seconds"], costs) + "\n"
+    p, lines = problems["Gaussian"][2], []
     for steps in (5, 10, 20, 40):
         draws = [
             draw
             for solver in (None, sd.DDPM())
             for draw in (exact(solver, steps), guided("mmps", solver, steps), guided("pigdm", solver, steps))
         ]
-        errors = [shown([result["cov"] for result in run(p, draw, n, runs)[0]]) for draw in draws]
-        lines.append([str(steps), *errors])
-    text += f"## Steps: error of the covariance ({p.name})\n\n" + table(
+        errors = [average(run(p, draw, n, runs)[0], "cov")[0] for draw in draws]
+        lines.append([str(steps), *(f"{error:.3f}" for error in errors)])
+    floor = shown(kinds["Gaussian"][p.name], FLOOR, "cov")
+    text += f"## Steps: error of the covariance ({p.name}; floor {floor})\n\n" + table(
         ["steps", "exact score", "mmps", "pigdm", "exact score, DDPM", "mmps, DDPM", "pigdm, DDPM"], lines
     )
     prefix = "quick_" if args.quick else ""

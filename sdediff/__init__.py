@@ -12,7 +12,9 @@ from sdediff import gaussians as gaussians
 from sdediff import grids as grids
 from sdediff import guidance as guidance
 from sdediff import inverse as inverse
+from sdediff import inverse_methods as inverse_methods
 from sdediff import losses as losses
+from sdediff import measurement as measurement
 from sdediff import metrics as metrics
 from sdediff import networks as networks
 from sdediff import operators as operators

@@ -205,6 +205,10 @@ class _ExactNetwork:
     def dtype(self) -> torch.dtype:
         return self.target.dtype
 
+    @property
+    def event(self) -> tuple[int, ...]:
+        return self.target.event
+
     def __call__(self, x: State, t: Tensor) -> State:
         return self.target._v(self.sde, t, x)
 

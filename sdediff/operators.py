@@ -38,7 +38,7 @@ class LinearOperator:
     Args:
         forward: `(batch, *event)` to `(batch, *m)`, row by row.
         adjoint: `(batch, *m)` to `(batch, *event)`; None takes it from `forward` by automatic differentiation.
-        event: shape of an event.
+        event: shape of an event; a number is `(n,)`.
         measured: shape of a measurement, `m`; None looks at what `forward` makes of zeros on the CPU, in torch's
             default dtype or in float64.
 
@@ -52,14 +52,14 @@ class LinearOperator:
         forward: Callable[[State], Tensor],
         adjoint: Callable[[Tensor], State] | None = None,
         *,
-        event: Shape,
+        event: int | Shape,
         measured: Shape | None = None,
     ) -> None:
         for name, function in (("forward", forward), ("adjoint", adjoint)):
             if not (callable(function) or (name == "adjoint" and function is None)):
                 raise OptionError(f"{name} must be a function of a batch; got {type(function).__name__}.")
         self._forward, self._adjoint = forward, adjoint
-        self.event = tuple(event)
+        self.event = _shape(event)
         self.measured: Shape = self._probed() if measured is None else tuple(measured)
 
     def __call__(self, x: State) -> Tensor:
@@ -82,6 +82,10 @@ class LinearOperator:
         basis = torch.eye(size, dtype=dtype).reshape(size, *self.event)
         return self(basis).reshape(size, -1).T
 
+    def on(self, event: Shape) -> LinearOperator | None:
+        """This map of such events; None if it takes others."""
+        return self if event == self.event else None
+
     def __matmul__(self, first: LinearOperator) -> LinearOperator:
         """`A @ B`: first B, then A."""
         if first.measured != self.event:
@@ -101,16 +105,9 @@ class LinearOperator:
 
     def _probed(self) -> Shape:
         try:
-            out: object = self._forward(torch.zeros(2, *self.event))
-        except RuntimeError:  # of a function that holds float64 numbers
-            out = self._forward(torch.zeros(2, *self.event, dtype=torch.float64))
-        if not isinstance(out, Tensor) or out.ndim == 0 or len(out) != 2:
-            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ShapeError(
-                f"A must take a batch (batch, {', '.join(map(str, self.event))}) to one measurement a row, "
-                f"(batch, ...); a batch of 2 gave {got}."
-            )
-        return tuple(out.shape[1:])
+            return measured_by(self._forward, self.event, torch.zeros(()))
+        except OptionError:  # of a function that holds float64 numbers
+            return measured_by(self._forward, self.event, torch.zeros((), dtype=torch.float64))
 
     def _transposed(self, z: Tensor) -> State:
         graph = torch.is_grad_enabled()
@@ -130,16 +127,20 @@ class Matrix(LinearOperator):
 
     Args:
         matrix: `(m, n)`.
-        event: shape of an event; None for `(n,)`.
+        event: shape of an event; None for `(n,)`, and in `LinearInverse` for whatever its model's events of n entries
+            are.
     """
 
-    def __init__(self, matrix: Tensor, event: Shape | None = None) -> None:
-        matrix = torch.as_tensor(matrix)
+    def __init__(self, matrix: Tensor, event: int | Shape | None = None) -> None:
+        with torch.inference_mode(False):  # a matrix made in that mode would keep gradients from passing
+            matrix = torch.as_tensor(matrix)
+            matrix = matrix.clone() if matrix.is_inference() else matrix
+        self._matrix, self._any = matrix, event is None
         if matrix.ndim != 2 or not matrix.is_floating_point():
             raise ShapeError(
                 f"Matrix needs a floating-point matrix (m, n); got {matrix.dtype} of shape {tuple(matrix.shape)}."
             )
-        event = (matrix.shape[1],) if event is None else tuple(event)
+        event = _shape(matrix.shape[1] if event is None else event)
         if math.prod(event) != matrix.shape[1]:
             raise ShapeError(
                 f"A matrix of shape {tuple(matrix.shape)} takes events of {matrix.shape[1]} entries; an event of shape "
@@ -151,6 +152,11 @@ class Matrix(LinearOperator):
             event=event,
             measured=(matrix.shape[0],),
         )
+
+    def on(self, event: Shape) -> LinearOperator | None:
+        if self._any and event != self.event and math.prod(event) == self._matrix.shape[1]:
+            return Matrix(self._matrix, event)
+        return super().on(event)
 
 
 class Mask(LinearOperator):
@@ -196,8 +202,8 @@ class Convolution(LinearOperator):
         ShapeError: the kernel has more axes than the event, or is larger than a circular one.
     """
 
-    def __init__(self, kernel: Tensor, event: Shape, boundary: str = "circular") -> None:
-        kernel, event = torch.as_tensor(kernel), tuple(event)
+    def __init__(self, kernel: Tensor, event: int | Shape, boundary: str = "circular") -> None:
+        kernel, event = torch.as_tensor(kernel), _shape(event)
         if boundary not in ("circular", "zero"):
             raise OptionError(f"Unknown boundary {boundary!r}: write 'circular' or 'zero'.")
         if not 0 < kernel.ndim <= len(event):
@@ -229,8 +235,8 @@ class Downsample(LinearOperator):
         ShapeError: more factors than axes, or axes that are no multiples of their factors.
     """
 
-    def __init__(self, factors: int | Sequence[int], event: Shape) -> None:
-        factors, event = (factors,) if isinstance(factors, int) else tuple(factors), tuple(event)
+    def __init__(self, factors: int | Sequence[int], event: int | Shape) -> None:
+        factors, event = _shape(factors, "factors"), _shape(event)
         if not 0 < len(factors) <= len(event) or any(f < 1 for f in factors):
             raise ShapeError(
                 f"Downsample needs a factor >= 1 for each of some trailing axes of {event}; got {factors}."
@@ -269,7 +275,8 @@ def as_operator(A: object) -> LinearOperator:
             "sd.operators.LinearOperator(A, event=(...)), or LinearOperator(A, adjoint, event=(...))."
         )
     raise OptionError(
-        f"A must be a LinearOperator of sd.operators, a matrix (m, n) or a bool mask; got {type(A).__name__}."
+        "A must be a LinearOperator of sd.operators, a tensor that is a matrix (m, n) or a bool mask, a function, or a "
+        f"pair (forward, adjoint); got {type(A).__name__}."
     )
 
 
@@ -284,7 +291,8 @@ def check_adjoint(A: LinearOperator, like: Tensor | None = None, *, seed: int = 
         seed: of the points.
 
     Raises:
-        OptionError: `<A x, z>` and `<x, A^T z>` differ, or `A(a x + b y)` and `a A x + b A y`; both numbers are told.
+        OptionError: A x is not finite, or `<A x, z>` and `<x, A^T z>` differ, or `A(a x + b y)` and `a A x + b A y`;
+            both numbers are told.
         ShapeError: the adjoint's result is not shaped as a batch of events.
     """
     like = torch.empty(0, dtype=torch.float64) if like is None else like
@@ -297,6 +305,8 @@ def check_adjoint(A: LinearOperator, like: Tensor | None = None, *, seed: int = 
         x, y, z = drawn(A.event), drawn(A.event), drawn(A.measured)
         slack = torch.finfo(like.dtype).eps ** 0.5
         image, other, mixed = A(x), A(y), A(2 * x - 3 * y)
+        if not bool(image.isfinite().all()):
+            raise OptionError("A x is NaN or infinite at a random point x.")
         _compare(
             _dot(mixed, z),
             _dot(2 * image - 3 * other, z),
@@ -314,6 +324,33 @@ def check_adjoint(A: LinearOperator, like: Tensor | None = None, *, seed: int = 
             "The adjoint is not that of A: at a random point <A x, z> is {} but <x, A^T z> is {}. Mind transposes, "
             "scales and flips, or leave the adjoint out to have it derived from A.",
         )
+
+
+def measured_by(forward: Callable[[State], Tensor], event: Shape, like: Tensor) -> Shape:
+    """The shape of a measurement: what a function makes of two events of zeros, in the dtype of a tensor.
+
+    Raises:
+        OptionError: the function fails. ShapeError: it does not return one measurement for every row.
+    """
+    asked = f"A must take a batch (batch{''.join(f', {n}' for n in event)}) to one measurement a row, (batch, ...)"
+    try:
+        with torch.no_grad():
+            out: object = forward(torch.zeros(2, *event, dtype=like.dtype, device=like.device))
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise OptionError(f"{asked}; a batch of 2, {like.dtype}, made it fail: {said}") from error
+    if not isinstance(out, Tensor) or out.ndim == 0 or len(out) != 2:
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ShapeError(f"{asked}; a batch of 2 gave {got}.")
+    return tuple(out.shape[1:])
+
+
+def _shape(sizes: int | Sequence[int], name: str = "event") -> Shape:
+    """Sizes as a tuple; a number is one of them."""
+    found = (sizes,) if isinstance(sizes, int) else tuple(sizes) if isinstance(sizes, Sequence) else ()
+    if not isinstance(sizes, int | Sequence) or not all(isinstance(n, int) for n in found):
+        raise ShapeError(f"{name} must be whole numbers, such as (3, 8, 8) or 8; got {sizes!r}.")
+    return found
 
 
 def _compare(one: PerRow, other: PerRow, slack: PerRow, sentence: str) -> None:

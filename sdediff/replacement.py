@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from sdediff.conjugate import conjugate_gradients
 from sdediff.errors import OptionError
-from sdediff.inverse import Measurement, conjugate_gradients
 from sdediff.langevin import Corrector, Move
+from sdediff.measurement import Map, Measurement, Pending, measurement
 from sdediff.model import ScoreModel
 from sdediff.noise import NoiseStream
-from sdediff.operators import LinearOperator
 from sdediff.shapes import Grid, State
 
 
@@ -34,7 +34,7 @@ class Replacement(Corrector):
     """State replacement as a move at fixed time: `PredictorCorrector(DDPM(), Replacement(A, y))`.
 
     Args:
-        A: a `LinearOperator`, a matrix `(m, n)` or a bool mask.
+        A: as of `LinearInverse`; functions are looked at in the first step.
         y: the measurement without noise, `(*m)`, or `(batch, *m)` for runs that are not cut by `batch_size`.
         iterations: of conjugate gradients, at most.
 
@@ -42,23 +42,22 @@ class Replacement(Corrector):
         ShapeError, OptionError: as `LinearInverse`; a y that is A x of no x.
     """
 
-    A: LinearOperator | Tensor
+    A: Map
     y: Tensor
     iterations: int = 200
-    _known: Measurement = field(init=False, repr=False)
+    _known: Measurement | Pending = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.iterations >= 1:
             raise OptionError(f"Replacement needs iterations >= 1; got {self.iterations}.")
-        known = Measurement(self.A, self.y, 0.0)
-        known.check_explained()
-        object.__setattr__(self, "_known", known)
+        object.__setattr__(self, "_known", measurement(self.A, self.y, 0.0))
 
     def start(self, model: ScoreModel, times: Grid, noise: NoiseStream) -> Move:
         alpha, sigma = (scale.tolist() for scale in model.linear.scales_at(times))
-        known, A = self._known, self._known.A
 
         def move(k: int, x: State) -> State:
+            known = self._known.at(x)
+            A = known.A
             gap = alpha[k] * known.seen(x) - A(x - sigma[k] * noise.normal(x))
             return x + A.adjoint(conjugate_gradients(lambda z: A(A.adjoint(z)), gap, self.iterations))
 

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal
 
 import sdediff as sd
-from sdediff.inverse import DPS, METHODS, MMPS, Measurement, PiGDM, conjugate_gradients, log_likelihood
+from sdediff.conjugate import conjugate_gradients
+from sdediff.inverse import log_likelihood
+from sdediff.inverse_methods import DPS, METHODS, MMPS, PiGDM
+from sdediff.measurement import Measurement
 from sdediff.noise import RowNoise
 from sdediff.operators import Convolution, Downsample, LinearOperator, Mask, Matrix
 
@@ -242,6 +245,110 @@ def test_log_likelihoods_are_gaussian_and_their_gradient_is_the_guidance(method)
     with torch.no_grad():
         torch.testing.assert_close(likelihood(t, x.detach()), value.detach())
         assert not likelihood(t, x).requires_grad
+
+
+# What may be given as A.
+
+MATRIX = WIDE.dense()
+NAMELESS = sd.ScoreModel(lambda x, t: DATA.model(sd.VP()).view("v", t, x), sd.VP(), "v")
+"""The same model by a network that does not say what its events are."""
+
+
+def forward(x):
+    return (x[..., None, :] @ MATRIX.T.to(x))[..., 0, :]
+
+
+def adjoint(z):
+    return (z[..., None, :] @ MATRIX.to(z))[..., 0, :]
+
+
+@pytest.mark.parametrize("model", [DATA.model(sd.VP()), NAMELESS], ids=["events known", "not known"])
+@pytest.mark.parametrize("method", METHODS)
+def test_functions_and_pairs_are_operators(model, method):
+    x, t = states(sd.VP(), 0.5), 0.5
+    expected = sd.LinearInverse(DATA.model(sd.VP()), WIDE, Y, S, method).score(t, x)
+    for A in (forward, (forward, adjoint)):
+        assert_same(sd.LinearInverse(model, A, Y, S, method).score(t, x), expected)
+        if method != "dps-normalised":
+            found = log_likelihood(model, A, Y, S, method)(t, x)
+            torch.testing.assert_close(found, log_likelihood(model, WIDE, Y, S, method)(t, x))
+    single = sd.LinearInverse(model, (forward, adjoint), Y, S, method).score(t, x.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single, expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_function_is_looked_at_once_and_its_rows_are_cut_when_their_shape_is_known():
+    seen = []
+
+    def counted(x):
+        seen.append(len(x))
+        return forward(x)
+
+    y = drawn(3, 3, seed=90)  # as many rows as entries: before the first call nothing tells them from each other
+    pending = sd.LinearInverse(NAMELESS, (counted, adjoint), y, S)
+    assert not seen, "no state was seen yet"
+    options = {"steps": 4, "seed": 0, "dtype": F64}
+    found = sd.sample(pending, (3, D), batch_size=2, **options).x
+    looks = seen.count(2), seen.count(3)
+    assert looks[1] == 3, "A(x), A(y), A(2 x - 3 y) on three rows"
+    whole = sd.sample(sd.LinearInverse(DATA.model(sd.VP()), WIDE, y, S), (3, D), **options).x
+    torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-9)
+    part = pending.rows(slice(0, 2), 3).rows(torch.tensor([1]), 2)
+    x = states(sd.VP(), 0.5)
+    assert_same(part.score(0.5, x[:1]), sd.LinearInverse(DATA.model(sd.VP()), WIDE, y[1], S).score(0.5, x[:1]))
+    shared = sd.LinearInverse(NAMELESS, forward, Y, S)
+    whole = sd.sample(shared, (3, D), **options).x
+    torch.testing.assert_close(sd.sample(shared, (3, D), batch_size=2, **options).x, whole)
+    torch.testing.assert_close(shared.rows(slice(0, 2), 3).score(0.5, x[:2]), shared.score(0.5, x)[:2])
+
+
+def test_adaptive_solvers_and_wrappers_take_functions():
+    y = drawn(4, 3, seed=91)
+    for solver in (sd.Adaptive(), sd.AdaptiveStochastic()):
+        found = sd.sample(sd.LinearInverse(NAMELESS, forward, y, S), (4, D), solver=solver, seed=0, dtype=F64)
+        exact = sd.sample(sd.LinearInverse(DATA.model(sd.VP()), WIDE, y, S), (4, D), solver=solver, seed=0)
+        torch.testing.assert_close(found.x, exact.x, rtol=1e-7, atol=1e-7)
+        assert found.nfe == exact.nfe
+    x = states(sd.VP(), 0.5)
+    for model in (NAMELESS, DATA.model(sd.VP())):
+        nested = sd.LinearInverse(sd.LinearInverse(model, forward, Y, S), lambda x: x[:, ::3], torch.zeros(2), 0.5)
+        rows = torch.cat([MATRIX, EYE[::3]])
+        joint = posterior(Matrix(rows), torch.cat([Y, torch.zeros(2)]), torch.tensor([S] * 3 + [0.5] * 2))
+        assert_same(nested.score(0.5, x), joint.model(sd.VP()).score(0.5, x), 1e-9)
+
+
+def test_a_matrix_is_for_any_events_of_its_entries():
+    data = sd.exact.Gaussian(MEAN.reshape(1, 2, 3), COV)
+    x = states(sd.VP(), 0.5)
+    expected = sd.LinearInverse(DATA.model(sd.VP()), MATRIX, Y, S).score(0.5, x)
+    pictures = sd.LinearInverse(data.model(sd.VP()), MATRIX, Y, S)
+    assert_same(pictures.score(0.5, x.reshape(4, 1, 2, 3)).reshape(4, D), expected)
+    with pytest.raises(sd.ShapeError, match=r"A takes events of shape \(6,\); x has shape \(4, 1, 2, 2\)"):
+        pictures.score(0.5, torch.zeros(4, 1, 2, 2, dtype=F64))
+    fixed = sd.LinearInverse(data.model(sd.VP()), Matrix(MATRIX, (6,)), Y, S)
+    with pytest.raises(sd.ShapeError, match=r"A takes events of shape \(6,\)"):
+        fixed.score(0.5, x.reshape(4, 1, 2, 3))
+
+
+def test_one_measurement_for_all_rows_and_measurements_that_are_one_number():
+    x = states(sd.VP(), 0.5)
+    expected = sd.LinearInverse(DATA.model(sd.VP()), WIDE, Y, S).score(0.5, x)
+    assert torch.equal(sd.LinearInverse(DATA.model(sd.VP()), WIDE, Y[None], S).score(0.5, x), expected)
+    ones = Matrix(torch.ones(1, D, dtype=F64))
+    number = torch.tensor(0.3, dtype=F64)
+    exact = sd.LinearInverse(DATA.model(sd.VP()), ones, number[None], S).score(0.5, x)
+    for model in (DATA.model(sd.VP()), NAMELESS):
+        assert_same(sd.LinearInverse(model, lambda x: x.sum(1), number, S).score(0.5, x), exact)
+        each = sd.LinearInverse(model, lambda x: x.sum(1), number.expand(4), torch.tensor(S))
+        assert_same(each.score(0.5, x), exact)
+
+
+def test_tensors_made_in_inference_mode_let_gradients_pass():
+    with torch.inference_mode():
+        made = MATRIX.clone(), Y.clone(), torch.full((3,), S)
+    x = states(sd.VP(), 0.5).requires_grad_()
+    sd.LinearInverse(DATA.model(sd.VP()), *made).score(0.5, x).sum().backward()
+    assert x.grad.abs().min() > 0
 
 
 # Sampling.
@@ -526,6 +633,75 @@ def test_rows_of_conjugate_gradients_end_by_themselves():
     assert_same(few.denoised(0.5, x), expected, 1e-9)
 
 
+HARD = (
+    torch.exp(-((torch.arange(32.0)[:, None] - torch.arange(32.0)) ** 2) / 8).double() + 0.01 * torch.eye(32).double()
+)
+BELL = torch.exp(-(torch.arange(-3, 4.0) ** 2) / 4)
+
+
+def test_as_many_iterations_as_entries_solve_systems_of_any_condition():
+    """Without residuals that are kept, rounding takes most digits."""
+    matrix = Convolution(BELL / BELL.sum(), (32,)).dense()
+    system = matrix @ HARD @ matrix.T + 0.05**2 * torch.eye(32, dtype=F64)
+    b = drawn(4, 32, seed=72)
+    exact = torch.linalg.solve(system, b.T).T
+
+    def error(b, kept):
+        v = conjugate_gradients(lambda z: z @ system.to(z), b, 32, kept=kept)
+        return ((v - exact).norm() / exact.norm()).item()
+
+    assert error(b, 32) < 1e-12 < 1e-9 < error(b, 0)
+    assert error(b, 16) < error(b, 0)
+    assert error(b.float(), 32) < error(b.float(), 0)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_the_default_is_exact_for_many_entries_with_little_noise(dtype):
+    sde, data = sd.VP(), sd.exact.Gaussian(torch.zeros(32, dtype=F64), HARD)
+    A = Convolution(BELL / BELL.sum(), (32,))
+    y = A(data.sample(1, seed=0))[0] + 0.05 * drawn(32, seed=73)
+    truth = posterior(A, y, 0.05, data)
+    guided = sd.LinearInverse(data.model(sde), A, y, 0.05)
+    for t in times_of(sde):
+        x = sde.perturb(t, truth.sample(8, seed=1), drawn(8, 32, seed=74))
+        exact = truth.model(sde).denoised(t, x)
+        assert_same(guided.denoised(t, x.to(dtype)).double(), exact, 1e-12 if dtype == F64 else 2e-4)
+    few = sd.LinearInverse(data.model(sde), A, y, 0.05, iterations=10).denoised(0.1, x)
+    assert not torch.allclose(few, truth.model(sde).denoised(0.1, x), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize(("size", "passes"), [(5, 5), (100, 64)])
+def test_the_default_stops_at_as_many_passes_as_entries_or_64(size, passes):
+    calls = []
+
+    def counted(x):
+        calls.append(1)
+        return x * torch.arange(1, size + 1).to(x)
+
+    data = sd.exact.Gaussian(torch.zeros(size, dtype=F64), 1.0)
+    A = LinearOperator(counted, counted, event=size)
+    guided = sd.LinearInverse(data.model(sd.VP()), A, drawn(size), 1e-3)
+    calls.clear()
+    guided.denoised(0.5, drawn(2, size))
+    assert len(calls) == 2 * passes + 2, "A and its adjoint in every iteration, for the residual and for the shift"
+
+
+def test_nan_is_not_taken_for_the_end_of_a_search():
+    def product(z):
+        return torch.where(z[:, :1] == 2, torch.nan, 1.0) * z
+
+    v = conjugate_gradients(product, torch.tensor([[1.0, 1.0], [2.0, 1.0]]), 5)
+    assert v[0].tolist() == [1, 1]
+    assert v[1].isnan().all()
+    b = torch.tensor([[math.nan, 1.0], [1.0, 1.0]])
+    v = conjugate_gradients(lambda z: z, b, 5, kept=2)
+    assert v[0].isnan().all()
+    assert v[1].tolist() == [1, 1]
+    off = sd.LinearInverse(DATA.model(sd.VP()), WIDE, Y, S, "pigdm", deviation=lambda t: math.nan * t)
+    with pytest.raises(sd.DivergenceError, match="NaN"):
+        sd.sample(off, (2, D), steps=3, seed=0)
+
+
 # State replacement.
 
 
@@ -565,6 +741,14 @@ def test_replacement_takes_rows_and_noisy_predictors():
         assert (MAPS["mask"](x) - y).abs().max() < 0.1
     with pytest.raises(sd.ShapeError, match=r"y has 5 rows but x has 2.*for all rows"):
         sd.sample(DATA.model(sd.VP()), (5, D), solver=solver, steps=5, batch_size=2)
+    ends = [
+        sd.sample(
+            DATA.model(sd.VP()), (5, D), solver=sd.PredictorCorrector(sd.DDPM(), sd.Replacement(A, y)), steps=5, seed=0
+        ).x
+        for A in (MAPS["mask"], lambda x: x[:, [0, 2, 3]], (MAPS["mask"].__call__, MAPS["mask"].adjoint))
+    ]
+    torch.testing.assert_close(ends[1], ends[0])
+    torch.testing.assert_close(ends[2], ends[0])
 
 
 # Bad input.
@@ -590,7 +774,7 @@ BAD = [
     (lambda: inverse(method="pgdm"), OPTION, r"'pgdm'.*'mmps'.*'pigdm'"),
     (lambda: inverse(method="dps", iterations=3), OPTION, r"'dps' has no option 'iterations': it takes scale"),
     (lambda: inverse(method="mmps-dense", iterations=3), OPTION, r"no option 'iterations': it takes none"),
-    (lambda: inverse(method=MMPS(), iterations=3), OPTION, r"MMPS\(iterations=10\) has its options.*iterations"),
+    (lambda: inverse(method=MMPS(), iterations=3), OPTION, r"MMPS\(iterations=None\) has its options.*iterations"),
     (lambda: inverse(iterations=0), OPTION, r"whole number >= 1 for iterations; got 0"),
     (lambda: inverse(iterations=2.5), OPTION, r"iterations; got 2\.5"),
     (lambda: inverse(method="pigdm", deviation=-1.0), OPTION, r"PiGDM needs a finite number > 0 for deviation; got -1"),
@@ -611,7 +795,33 @@ BAD = [
     (lambda: inverse(y=torch.tensor([1, 2, 3])), SHAPE, r"y must have a floating-point dtype.*y\.double\(\)"),
     (lambda: inverse(y=drawn(2, 3)).denoised(0.5, drawn(5, D)), SHAPE, r"y has 2 rows but x has 5"),
     (lambda: inverse().denoised(0.5, drawn(5, 4)), SHAPE, r"events of shape \(6,\); x has shape \(5, 4\)"),
-    (lambda: inverse(lambda x: x), OPTION, r"LinearOperator\(A, event="),
+    (lambda: Measurement(lambda x: x, Y, S), OPTION, r"LinearOperator\(A, event="),
+    (lambda: inverse(lambda x: x), SHAPE, r"y must have shape \(6,\).*got \(3,\)"),
+    (lambda: inverse(lambda x: x[:, :3] + 1), OPTION, r"not linear"),
+    (lambda: inverse((lambda x: x[:, :3], lambda z: z)), SHAPE, r"adjoint must return \(3, 6\).*returned \(3, 3\)"),
+    (lambda: inverse((forward, lambda z: 2 * adjoint(z))), OPTION, r"adjoint is not that of A"),
+    (lambda: inverse((forward, adjoint, adjoint)), OPTION, r"pair is .*adjoint\); got \(function, function, "),
+    (lambda: inverse((forward, MATRIX)), OPTION, r"pair is .*got \(function, Tensor\)"),
+    (lambda: inverse(lambda x: x[:, :, 0]), OPTION, r"A must take a batch \(batch, 6\).*made it fail: .*dimension"),
+    (lambda: inverse(lambda x: x.sum()), SHAPE, r"\(batch, 6\).*a batch of 2 gave \(\)"),
+    (lambda: inverse(lambda x: x[:, :2].repeat(1, 2)[:, :3], noise_std=0.0), OPTION, r"must be A x of some x"),
+    (lambda: inverse(lambda x: x, model=NAMELESS, y=[1.0]), SHAPE, r"y must be a tensor.*list"),
+    (lambda: inverse(lambda x: x, model=NAMELESS, noise_std=-1.0), OPTION, r"finite and >= 0; got -1"),
+    (lambda: inverse(lambda x: x, model=NAMELESS, noise_std=0.0, method="dps"), OPTION, r"divides by the noise"),
+    (lambda: inverse(lambda x: x, model=NAMELESS).denoised(0.5, drawn(2, D)), SHAPE, r"y must have shape \(6,\)"),
+    (lambda: inverse(lambda x: x[:, :3] + 1, model=NAMELESS).denoised(0.5, drawn(2, D)), OPTION, r"not linear"),
+    (lambda: inverse(lambda x: x[:, :2].repeat(1, 2)[:, :3], model=NAMELESS, noise_std=0.0).denoised(0.5, drawn(2, D)),
+     OPTION, r"must be A x of some x"),
+    (lambda: inverse(MAPS["mask"], drawn(2, D)), SHAPE, r"That is the shape of an event: write y = A\(x0\)"),
+    (lambda: inverse(y=torch.tensor([0.0, math.nan, math.inf])), OPTION, r"y must be finite; it has 2 entries.*Mask"),
+    (lambda: inverse(WIDE.dense() * math.nan), OPTION, r"A x is NaN or infinite"),
+    (lambda: inverse(noise_std="0.1"), OPTION, r"noise_std must be a number.*'0\.1'"),
+    (lambda: inverse(noise_std=None), OPTION, r"noise_std must be a number.*None"),
+    (lambda: inverse(noise_std=torch.tensor([1.0, math.inf, 1.0])), OPTION, r"noise_std .*got inf"),
+    (lambda: inverse(noise_std=1e-200, method="dps"), OPTION, r"divides by the noise"),
+    (lambda: inverse(iterations="3"), OPTION, r"whole number >= 1 for iterations; got '3'"),
+    (lambda: inverse(method="pigdm", deviation=torch.ones(6)), OPTION, r"for deviation; got tensor"),
+    (lambda: inverse(method=MMPS), OPTION, r"Unknown method <class.*or a Method"),
     (lambda: inverse(LinearOperator(lambda x: x.tanh(), event=(3,))), OPTION, r"not linear"),
     (lambda: inverse(LinearOperator(lambda x: 2 * x, lambda z: z, event=(3,))), OPTION, r"adjoint is not that of A"),
     (lambda: Measurement(WIDE, Y, 0.0).log_prob(drawn(2, D)), sd.CapabilityError, r"noise_std > 0"),

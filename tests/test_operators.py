@@ -154,6 +154,12 @@ def test_anything_meant_becomes_an_operator():
     assert repr(operator) == "Downsample from (4,) to (2,)"
 
 
+def test_a_number_is_an_event_of_one_axis():
+    for operator in (Downsample(2, 4), Convolution(torch.ones(3), 4), LinearOperator(lambda x: x, event=4)):
+        assert operator.event == (4,)
+    assert Matrix(drawn(2, 4), 4).event == (4,)
+
+
 SPIKED = torch.tensor([1.0, 2.0, 4.0], dtype=F64)
 MATRIX = drawn(4, 4)
 
@@ -219,7 +225,10 @@ BAD = [
     (lambda: LinearOperator(lambda x: x.detach(), event=(2,)).adjoint(x(1, 2)), sd.OptionError, r"cannot follow.*give"),
     (lambda: check_adjoint(LinearOperator(lambda x: x, lambda z: z[:, :1], event=(2,))), sd.ShapeError, r"\(3, 2\)"),
     (lambda: as_operator(lambda x: x), sd.OptionError, r"LinearOperator\(A, event=\(\.\.\.\)\)"),
-    (lambda: as_operator("blur"), sd.OptionError, r"bool mask; got str"),
+    (lambda: Downsample(2.0, (4,)), sd.ShapeError, r"factors must be whole numbers.*got 2\.0"),
+    (lambda: Convolution(x(3), "8"), sd.ShapeError, r"event must be whole numbers.*got '8'"),
+    (lambda: LinearOperator(lambda x: x @ x, event=3), sd.OptionError, r"\(batch, 3\).*float64, made it fail: mat1"),
+    (lambda: as_operator("blur"), sd.OptionError, r"bool mask, .*; got str"),
 ]
 
 
