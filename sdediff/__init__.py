@@ -57,6 +57,7 @@ from sdediff.energy import Energy as Energy
 from sdediff.errors import CapabilityError as CapabilityError
 from sdediff.errors import CheckFailure as CheckFailure
 from sdediff.errors import CheckpointError as CheckpointError
+from sdediff.errors import DegeneracyWarning as DegeneracyWarning
 from sdediff.errors import DivergenceError as DivergenceError
 from sdediff.errors import MissingExtraError as MissingExtraError
 from sdediff.errors import OptionError as OptionError

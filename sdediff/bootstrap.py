@@ -12,7 +12,8 @@ not to the choice of the half, is V itself, so that
 
 The standard deviation over halves is the standard error, with no factor. Where the first-order term vanishes, as that
 of the energy distance or MMD between sets of one distribution, variances fall as 1 / n^2, the same difference is
-4 V - V, and the standard error is sqrt(3) times too wide, on the safe side.
+4 V - V, and the standard error is sqrt(3) times too wide, on the safe side. Of sets of 60 in three dimensions it is
+1.3 to 1.8 times too wide for all distances here, the Wasserstein and Frechet ones too.
 
 The halves also show the bias of a metric that has one, such as the Frechet distance: if it is c / n, it is 2 c / n on
 halves, and the mean over halves less the value is the bias. `value - bias` then belongs to infinitely many samples.
@@ -39,7 +40,9 @@ class Estimate(NamedTuple):
 
     Attributes:
         value: the metric of the whole sets.
-        stderr: its standard error, over draws of all sets.
+        stderr: its standard error, over draws of all sets. Where the distributions agree, that of a distance is too
+            large, up to sqrt(3): to ask whether a distance is 0, take `classifier_two_sample`, or repeat the metric
+            with rows of the pooled sets dealt anew.
         bias: how far the value is expected to be above that of infinitely many samples, if the bias falls as 1/n;
             within its own error, `stderr / sqrt(resamples)`, it is 0 for an unbiased metric.
     """
@@ -71,9 +74,16 @@ def bootstrap(metric: Callable[..., Any], *sets: Tensor, resamples: int = 100, s
         An `Estimate`, or the metric's named tuple with an `Estimate` in each field.
 
     Raises:
-        OptionError: resamples < 2, or no set was given.
-        ShapeError: a set has fewer than four rows.
+        OptionError: the metric is no function, resamples < 2, or no set was given.
+        ShapeError: a set is no tensor, or has fewer than four rows.
     """
+    if not callable(metric):
+        raise OptionError(f"metric is a function, such as sdediff.metrics.energy_distance; got {metric!r}.")
+    if not all(isinstance(c, Tensor) for c in sets):
+        raise ShapeError(
+            f"Sets are tensors (n, ...); got {', '.join(type(c).__name__ for c in sets)}. Options of the metric go by "
+            "name: bootstrap(frechet_distance, a, b, features=f)."
+        )
     if resamples < 2 or not sets:
         raise OptionError(
             f"bootstrap(metric, *sets) needs a set or more, and resamples >= 2; got {len(sets)} sets and "

@@ -63,6 +63,10 @@ class DivergenceError(SdediffError, ArithmeticError):
         return DivergenceError(self.problem, self.advice, step=self.step, time=self.time, rows=rows)
 
 
+class DegeneracyWarning(UserWarning):
+    """Weighted particles go back to so few starts that neither they nor their stated errors are to be trusted."""
+
+
 class CheckpointError(SdediffError, OSError):
     """A checkpoint is missing, damaged, or belongs to something else."""
 

@@ -1,7 +1,8 @@
 r"""Features: the spaces in which images are compared, and the classifiers that they come from.
 
-A distance between pixels is not one between pictures. The metrics of `sdediff.metrics` therefore take `features=`: a
-function from samples to vectors, or an object with such a function as its method `features`. Here are two.
+A distance between pixels is not one between pictures. Every metric of `sdediff.metrics` compares features as
+well: `energy_distance(f(a), f(b))`. `frechet_distance` takes them by `features=` too: a function from samples to
+vectors, an `nn.Module` such as torchmetrics takes, or an object with the method `features`. Here are two.
 
 - `digits`: a small convolutional classifier of scikit-learn's digits, trained when it is asked for, in seconds. It sees
   clean digits only, moved by up to a pixel, and is no part of any model: it judges samples. Its `probs` give the
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -158,6 +160,11 @@ class Inception(nn.Module):
             )
         source = optional_import("torch_fidelity.feature_extractor_inceptionv3", "fid")
         self.network = source.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
+        self.requires_grad_(False).train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Evaluation mode, whatever `mode` says: in the other, features would depend on all images of a batch."""
+        return super().train(False)
 
     def forward(self, x: State) -> tuple[Rows, Rows]:
         """The last pooled layer `(n, 2048)` and the logits without bias `(n, 1008)`, 64 images at a time.

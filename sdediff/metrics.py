@@ -124,14 +124,12 @@ def sliced_wasserstein(
     generator = torch.Generator().manual_seed(seed)
     axes = torch.randn(a.shape[1], directions, dtype=torch.float64, generator=generator).to(a.device)
     axes = axes / axes.norm(dim=0)
-    levels = (torch.arange(max(len(a), len(b)), dtype=torch.float64, device=a.device) + 0.5) / max(len(a), len(b))
-    quantiles = [_sorted_at((c @ axes).sort(dim=0).values, levels) for c in (a, b)]
-    return (quantiles[0] - quantiles[1]).square().mean().sqrt().item()
-
-
-def _sorted_at(ranked: Tensor, levels: Tensor) -> Tensor:
-    """The empirical quantile function at levels in (0, 1)."""
-    return ranked[(levels * len(ranked)).long().clamp(max=len(ranked) - 1)]
+    # both quantile functions are constant between these levels, in units of 1 / (m n)
+    m, n = len(a), len(b)
+    steps = torch.unique(torch.cat([torch.arange(m + 1) * n, torch.arange(n + 1) * m])).to(a.device)
+    ranked = [(c @ axes).sort(dim=0).values for c in (a, b)]
+    apart = ranked[0][steps[:-1] // n] - ranked[1][steps[:-1] // m]
+    return (steps.diff().double() @ apart.square() / (m * n)).mean().sqrt().item()
 
 
 def wasserstein(a: Float[Tensor, " m *event"], b: Float[Tensor, " n *event"], p: float = 2.0) -> float:
@@ -150,11 +148,13 @@ def wasserstein(a: Float[Tensor, " m *event"], b: Float[Tensor, " n *event"], p:
     """
     a, b = pair(a, b)
     if not 1 <= p < math.inf:
-        raise OptionError(f"p is the power of the distance, a finite number >= 1; got {p}.")
-    cost = torch.cat(list(distances(a, b, exact=True))).cpu() ** p
+        raise OptionError(f"p is the power of the distance, a finite number >= 1; got {p!r}.")
+    far = torch.cat(list(distances(a, b, exact=True))).cpu()
+    unit = far.max().item() or 1.0  # the simplex rounds costs below 1e-15 to 0
+    cost = (far / unit) ** p
     weights = [torch.full((n,), 1 / n, dtype=torch.float64).numpy() for n in cost.shape]
     ot = optional_import("ot", "metrics")
-    return max(float(ot.emd2(*weights, cost.numpy(), numItermax=10**9)), 0.0) ** (1 / p)
+    return unit * max(float(ot.emd2(*weights, cost.numpy(), numItermax=10**9)), 0.0) ** (1 / p)
 
 
 def frechet_distance(
@@ -190,12 +190,15 @@ def frechet_distance_of(
 
     Raises:
         ShapeError: means and covariances are not of one dimension.
-        OptionError: a covariance is not symmetric, or has a negative eigenvalue beyond rounding.
+        OptionError: a moment is not finite, a covariance is not symmetric, or has a negative eigenvalue beyond
+            rounding.
     """
     shapes = [tuple(value.shape) for value in (mean1, cov1, mean2, cov2)]
     d = mean1.numel()
     if shapes != [(d,), (d, d)] * 2:
         raise ShapeError(f"Means (d,) and covariances (d, d) of one d are needed; got {shapes}.")
+    if not all(bool(value.isfinite().all()) for value in (mean1, cov1, mean2, cov2)):
+        raise OptionError("The moments have NaN or infinite entries: a distance between them has no meaning.")
     return _frechet(as_float64(mean1), _factor(cov1), as_float64(mean2), _factor(cov2))
 
 
@@ -224,7 +227,8 @@ def inception_score(probs: Float[Tensor, "n classes"], splits: int = 1) -> float
     Args:
         probs: the probabilities that a classifier gives to the classes of every sample.
         splits: the rows are cut into so many parts of one length, within one row, and the scores averaged. Published
-            numbers have 10; a part has its own p(y), of fewer samples, which biases the score down.
+            numbers have 10; a part has its own p(y), of fewer samples, which biases the score down. Rows must be in
+            random order: of samples sorted by class, each part knows one class only.
 
     Raises:
         ShapeError: probs is not `(n, classes)`.

@@ -81,7 +81,7 @@ def _checked(a: Tensor, b: Tensor, k: int) -> tuple[Rows, Rows]:
     if not 1 <= k < min(len(a), len(b)):
         raise OptionError(
             f"k is the number of a neighbour, 1 to {min(len(a), len(b)) - 1} for sets of {len(a)} and {len(b)} "
-            f"samples; got {k}."
+            f"samples; got {k!r}."
         )
     return first, second
 

@@ -28,7 +28,12 @@ of `w_i (f(x_i) - mean)` over the family:
     Var Z_N / Z^2 ~ N / (N - 1) sum_e (sum_rounds (W_e - K_e))^2,        Var mean ~ N / (N - 1) sum_e S_e^2,
 
 consistent for multinomial resampling as N grows; without resampling these are the errors of importance sampling. Both
-say little where few families are left.
+are made of as many numbers as there are families, effectively
+
+    F = 1 / sum_e W_e^2,
+
+with the weights at the end, and say nothing about starts whose families died out. Where r is too narrow for the twist,
+F is a small share of N, and errors are too small by factors, also where F is some dozens: `Particles.family_number`.
 
 References: Kong, Liu and Wong 1994, the effective number; Kitagawa 1996, systematic; Liu and Chen 1998, residual; Douc,
 Cappe and Moulines 2005, comparison; Chan and Lai 2013, variances from families; Chopin and
@@ -151,6 +156,11 @@ def family_error(sums: Tensor) -> Tensor:
     return (len(sums) / (len(sums) - 1) * sums.square().sum(0)).sqrt()
 
 
+def family_number(log_weights: PerRow, families: Tensor) -> float:
+    """`1 / sum_e W_e^2` with the weights of families: the effective number of them, between 1 and N."""
+    return 1 / by_family(normalised(log_weights).exp(), families).square().sum().item()
+
+
 class Expectation(NamedTuple):
     """An estimate and its standard error."""
 
@@ -189,8 +199,15 @@ class Particles:
         """`(particles,)`, of sum one."""
         return self.log_weights.exp()
 
+    @property
+    def family_number(self) -> float:
+        """The effective number of families, of which stated errors are made; below 100 and N / 20 distrust them."""
+        return family_number(self.log_weights, self.families)
+
     def expectation(self, function: Callable[[State], Tensor]) -> Expectation:
         """The mean of f under `p r / Z` and its standard error, float64, `*shape` for f of shape `(batch, *shape)`.
+
+        What f is at particles of weight 0 does not matter, be it NaN.
 
         Raises:
             ShapeError: f does not give something for every particle.
@@ -203,6 +220,7 @@ class Particles:
                 f"got {got}."
             )
         flat = values.detach().cpu().to(torch.float64).reshape(len(values), -1)
+        flat = flat.where(self.weights[:, None] > 0, 0)
         mean = self.weights @ flat
         stderr = family_error(by_family(self.weights[:, None] * (flat - mean), self.families))
         return Expectation(mean.reshape(values.shape[1:]), stderr.reshape(values.shape[1:]))

@@ -35,11 +35,18 @@ def extract(features: Features | Callable[[State], Rows], x: State) -> Rows:
 
     Raises:
         ShapeError: the features are not one vector a sample.
+        OptionError: features can not be called.
     """
+    if not isinstance(features, Features) and not callable(features):
+        raise OptionError(
+            "features is a function from samples to vectors (n, d), or an object with the method features, such as "
+            f"sdediff.features.Inception(); got {features!r}."
+        )
     with torch.no_grad():
         out = features.features(x) if isinstance(features, Features) else features(x)
-    if out.ndim != 2 or len(out) != len(x):
-        raise ShapeError(f"Features must be one vector a sample, ({len(x)}, d); got {tuple(out.shape)}.")
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(x):
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ShapeError(f"Features must be one vector a sample, ({len(x)}, d); got {got}.")
     return out
 
 
@@ -47,8 +54,11 @@ def vectors(x: Tensor, name: str = "The set") -> Rows:
     """A set as float64 vectors `(n, d)`.
 
     Raises:
+        ShapeError: it is complex.
         OptionError: a sample is NaN or infinite.
     """
+    if x.is_complex():
+        raise ShapeError(f"{name} is complex ({x.dtype}): take its real numbers, torch.view_as_real(x).")
     flat = as_float64(x).detach().reshape(len(x), -1)
     bad = (~flat.isfinite()).any(1).nonzero()[:, 0]
     if len(bad):
@@ -67,10 +77,16 @@ def pair(a: Tensor, b: Tensor, least: int = 2) -> tuple[Rows, Rows]:
         least: how many samples each must have.
 
     Raises:
-        ShapeError: they have different events, or too few samples.
+        ShapeError: they are no real tensors, have different or empty events, or too few samples.
         OptionError: a sample is NaN or infinite.
     """
-    if a.ndim == 0 or b.ndim == 0 or a.shape[1:] != b.shape[1:] or min(len(a), len(b)) < least:
+    for x in (a, b):
+        if not isinstance(x, Tensor):
+            raise ShapeError(
+                f"Sets of samples are tensors (n, *event); got {type(x).__name__}. Arrays become tensors by "
+                "torch.from_numpy(x), lists by torch.tensor(x)."
+            )
+    if 0 in (a.ndim, b.ndim, *a.shape[1:]) or a.shape[1:] != b.shape[1:] or min(len(a), len(b)) < least:
         count = {2: "two", 3: "three", 4: "four"}.get(least, str(least))
         raise ShapeError(
             f"Two sets of at least {count} samples of one event shape are needed; "

@@ -36,9 +36,10 @@ Moral 2004, Feynman-Kac Formulae; Chopin and Papaspiliopoulos 2020, An Introduct
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -47,7 +48,7 @@ from tqdm import tqdm
 
 from sdediff.draws import mix
 from sdediff.energy import one_a_row, value_and_slope
-from sdediff.errors import CapabilityError, DivergenceError, OptionError, ShapeError, TimeError
+from sdediff.errors import CapabilityError, DegeneracyWarning, DivergenceError, OptionError, ShapeError, TimeError
 from sdediff.guidance import Scale, SimilarityGuidance
 from sdediff.model import ScoreModel
 from sdediff.noise import RowNoise
@@ -58,6 +59,7 @@ from sdediff.particles import (
     effective_number,
     family_error,
     family_gain,
+    family_number,
     log_mean,
     normalised,
 )
@@ -74,6 +76,7 @@ from sdediff.sde import fresh_seed
 from sdediff.shapes import Grid, PerRow, State, finite_or_raise, over, sum_rows
 from sdediff.tables import DDPM, refuse_infinite
 from sdediff.variance import EntryVariance, ReverseSteps, ReverseVariance, entries_of, variance_of
+from sdediff.wrapped import Wrapped
 
 LogDensity: TypeAlias = Callable[[State], PerRow]
 Twist: TypeAlias = Callable[[Tensor, State], PerRow]
@@ -126,7 +129,8 @@ def smc(
         model: the score and the SDE; guided models too, whose chain then takes the place of p.
         log_r: `log r`, `(batch, *event)` to `(batch,)`, up to a constant, which moves `log_evidence` alone. A gradient
             that is only near the true one does: it proposes, and weights do not see it. Where r is 0, -inf, give a
-            `twist` that is finite: a resampling drops all particles of psi = 0, also those that would come back.
+            `twist` that is finite: a resampling would drop all particles of psi = 0, also those that would come back,
+            and is refused.
         particles: `(particles, *event)`, at least two.
         steps, times, t_min: as in `sample`; times must start at `t_max`.
         variance: of the kernels, as in `DDPM`.
@@ -139,17 +143,22 @@ def smc(
         final: "denoise" if the outcome of the chain is the denoised mean at the last time (one more evaluation), "none"
             if it is the state.
         seed: decides all; None draws one from torch's global generator. `batch_size` does not change the result.
-        condition: passed to the network; the same for all particles, which take each other's places, and so must be
-            what a guided model holds for its rows.
+        condition: passed to the network; the same for all particles, which take each other's places, as must be what
+            a guided model holds for its rows.
         batch_size: particles that the network sees at a time; all if None.
         progress, dtype, device: as in `sample`.
 
     Raises:
         OptionError, ShapeError, TimeError, CapabilityError: an argument does not fit, such as a `log_r` without a
             gradient; the message says how.
-        DivergenceError: a state or a weight became NaN or infinite, or all weights 0; names the step and the time.
+        DivergenceError: a state or a weight became NaN or infinite, all weights are 0, or psi is 0 at particles that
+            are resampled; names the step and the time.
+
+    Warns:
+        DegeneracyWarning: `Particles.family_number` is below 100 and below a twentieth of the particles.
     """
-    shape = _check(model, log_r, particles, twist, shift, ess_threshold, resampling, final, condition)
+    shape = _check(model, log_r, particles, twist, shift, ess_threshold, resampling, final)
+    _refuse_uneven(model if condition is None else model.given(condition), shape[0])
     solver = DDPM(variance)
     grid = grid_for(model, solver, steps, times, t_min, direction=-1)
     if not starts_at_prior(model, grid[0]):
@@ -175,6 +184,7 @@ def smc(
             log_w = _weights(log_factors, here.log_psi, k, grid[k])
             numbers.append(effective_number(log_w))
             if numbers[-1] < ess_threshold * count:
+                _refuse_zeros(here.log_psi, k, grid[k], "log_r at the denoised estimate" if twist is None else "twist")
                 index = ancestors(log_w, count, resampling, generator)
                 log_evidence += log_mean(log_w)
                 gains += family_gain(log_w, families)
@@ -191,6 +201,7 @@ def smc(
         log_r_x = torch.cat([one_a_row(log_r(x[rows]), x[rows]) for rows in chunks])
         log_w = _weights(log_factors, log_r_x, last, grid[-1])
         gains += family_gain(log_w, families)
+    _warn_of_few(family_number(log_w, families), count)
     return Particles(
         x=x,
         log_weights=normalised(log_w),
@@ -339,6 +350,55 @@ def _weights(log_factors: PerRow, log_psi: PerRow, step: int, t: Tensor) -> PerR
     return log_w
 
 
+def _refuse_zeros(log_psi: PerRow, step: int, t: Tensor, what: str) -> None:
+    """Refuse psi = 0 before the end, where a resampling would lose what the product may hold."""
+    zero = _wide(log_psi) == -math.inf
+    if bool(zero.any()):
+        raise DivergenceError(
+            f"{what} is -inf for particles that are to be resampled",
+            "They would be dropped, though the data they lead to may have r > 0, and the result would be biased. Give "
+            "twist=, a log psi that is finite at every state, such as a smooth version of log_r, or do not resample: "
+            "ess_threshold=0.",
+            step=step,
+            time=t.item(),
+            rows=zero.nonzero()[:, 0].tolist(),
+        )
+
+
+def _warn_of_few(families: float, count: int) -> None:
+    if families < min(100, count / 20):
+        warnings.warn(
+            f"The {count} particles are worth {families:.3g} independent ones (family_number): most were dropped on "
+            "the way, and with them perhaps whole modes. Neither the samples nor the stated errors are to be trusted. "
+            "Give a twist= that is nearer to E[r(x_0) | x_t], such as a wider one; more particles help slowly.",
+            DegeneracyWarning,
+            stacklevel=3,
+        )
+
+
+def _refuse_uneven(model: ScoreModel, count: int) -> None:
+    if _varies(model, model.rows(slice(0, 1), count), count):
+        raise OptionError(
+            "Particles take each other's places, so that they must share one condition, and one label, target and "
+            "scale of guidance; the rows of the one given differ. Run smc once for each."
+        )
+
+
+def _varies(whole: Any, first: Any, count: int) -> bool:
+    """Whether something that `rows` has cut to the first row differs between rows."""
+    if whole is first:
+        return False
+    if isinstance(whole, Tensor):
+        return whole.shape[:1] == (count,) and bool((whole != whole[:1]).any())
+    if isinstance(whole, dict):
+        return any(_varies(whole[name], first[name], count) for name in whole)
+    if isinstance(whole, (list, tuple)):
+        return any(_varies(*parts, count) for parts in zip(whole, first, strict=True))
+    if isinstance(whole, (ScoreModel, Wrapped)):
+        return any(_varies(getattr(whole, f.name), getattr(first, f.name), count) for f in fields(whole))
+    return False
+
+
 def _check(
     model: object,
     log_r: object,
@@ -348,7 +408,6 @@ def _check(
     ess_threshold: float,
     resampling: str,
     final: str,
-    condition: Any,
 ) -> tuple[int, ...]:
     """The shape; refuse arguments that do not fit."""
     check_arguments(model, DDPM())
@@ -372,10 +431,4 @@ def _check(
     check_resampling(resampling)
     if final not in ("denoise", "none"):
         raise OptionError(f"Unknown final {final!r}: write 'denoise' or 'none'.")
-    own = isinstance(condition, Tensor) and condition.shape[:1] == tuple(particles[:1])
-    if own and bool((condition != condition[:1]).any()):
-        raise OptionError(
-            "Particles take each other's places, so that they must share one condition; the rows of the one given "
-            "differ. Run smc once for each condition."
-        )
     return tuple(particles)

@@ -156,3 +156,15 @@ def test_bad_input_gets_a_sentence():
         bootstrap(gap, x, x[:3])
     with pytest.raises(OptionError, match="1 to 3 for sets of 4 and 4 samples; got 5"):
         bootstrap(metrics.density_coverage, x, x)
+
+
+def test_what_is_no_metric_or_set_is_refused():
+    a = torch.randn(8, 2)
+    with pytest.raises(OptionError, match="metric is a function, such as"):
+        bootstrap("energy_distance", a, a)
+    with pytest.raises(ShapeError, match=r"Sets are tensors .* got function\. Options of the metric go by name"):
+        bootstrap(lambda a, f: 0.0, len_of)
+
+
+def len_of(x):
+    return len(x)

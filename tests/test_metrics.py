@@ -474,3 +474,26 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
     with pytest.raises(MissingExtraError, match=r"'ot'.*sdediff\[metrics\]"):
         metrics.wasserstein(*SETS)
+
+
+@pytest.mark.parametrize(("m", "n"), [(7, 7), (7, 5), (3, 8), (2, 9)])
+def test_sliced_wasserstein_of_a_line_is_the_wasserstein_distance_for_any_sizes(m, n):
+    a, b = torch.randn(m, 1, dtype=torch.float64), 2 * torch.randn(n, 1, dtype=torch.float64) + 1
+    exact = metrics.wasserstein(a, b)
+    assert sliced_wasserstein(a, b, directions=3) == pytest.approx(exact, rel=1e-9)
+    assert sliced_wasserstein(b, a, directions=3) == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e8])
+def test_wasserstein_knows_no_unit(scale):
+    a, b = torch.randn(12, 3, dtype=torch.float64), torch.randn(15, 3, dtype=torch.float64) + 0.5
+    for p in (1, 2, 3):
+        exact = metrics.wasserstein(a, b, p)
+        assert metrics.wasserstein(scale * a, scale * b, p) == pytest.approx(scale * exact, rel=1e-9)
+
+
+def test_moments_that_are_no_numbers_are_refused():
+    eye = torch.eye(2)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(OptionError, match="moments have NaN or infinite entries"):
+            metrics.frechet_distance_of(torch.tensor([bad, 0.0]), eye, torch.zeros(2), eye)

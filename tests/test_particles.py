@@ -226,3 +226,19 @@ def test_particles_are_a_value():
     assert result.log_evidence == 3
     with pytest.raises(AttributeError):
         result.nfe = 4
+
+
+def test_family_number():
+    """One over the sum of squares of the weights of families: N of N of equal weight, 1 of one."""
+    one = made(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=F64), [0, 0, 2, 2])
+    assert one.family_number == pytest.approx(1 / (0.3**2 + 0.7**2), rel=1e-12)
+    assert made(torch.ones(7, dtype=F64)).family_number == pytest.approx(7, rel=1e-12)
+    assert made(torch.ones(7, dtype=F64), [3] * 7).family_number == pytest.approx(1, rel=1e-12)
+
+
+def test_means_do_not_see_particles_of_weight_zero():
+    """f may be NaN or infinite where the product is 0."""
+    one = made(torch.tensor([1.0, 0.0, 3.0], dtype=F64), x=torch.tensor([[1.0], [-1.0], [4.0]], dtype=F64))
+    value, stderr = one.expectation(lambda x: x.sqrt())
+    assert value.item() == pytest.approx(0.25 + 0.75 * 2, rel=1e-12)
+    assert bool(stderr.isfinite())

@@ -91,3 +91,21 @@ def test_features_come_from_a_function_or_a_method():
 def test_features_must_be_one_vector_a_sample(wrong):
     with pytest.raises(ShapeError, match=r"one vector a sample, \(5, d\); got \("):
         sets.extract(wrong, drawn(5, 2, 3))
+
+
+def test_what_is_no_set_of_real_samples_is_refused():
+    x = torch.randn(4, 2)
+    for bad, words in (([[0.0, 1.0]] * 4, "got list. Arrays become tensors"), (x.numpy(), "torch.from_numpy")):
+        with pytest.raises(ShapeError, match=words):
+            sets.pair(x, bad)
+    with pytest.raises(ShapeError, match="complex"):
+        sets.pair(torch.complex(x, x), torch.complex(x, x))
+    with pytest.raises(ShapeError, match="one event shape"):
+        sets.pair(torch.empty(4, 0), torch.empty(4, 0))
+
+
+def test_what_gives_no_features_is_refused():
+    with pytest.raises(OptionError, match="features is a function from samples to vectors"):
+        sets.extract("inception", torch.randn(4, 2))
+    with pytest.raises(ShapeError, match=r"one vector a sample, .* got list"):
+        sets.extract(lambda x: x.tolist(), torch.randn(4, 2))

@@ -489,6 +489,7 @@ def test_seeds_and_chunks():
     assert torch.equal(first, sd.smc(model, log_point, (10, 2), steps=3).x)
 
 
+@pytest.mark.filterwarnings("ignore::sdediff.DegeneracyWarning")
 def test_costs():
     """One call of the network at every time of the grid, the last of which is not needed for the state."""
     network = sd.networks.MLP((2,), width=8)
@@ -508,6 +509,7 @@ def test_costs():
     assert len(result.times) == len(result.ess) == 5
 
 
+@pytest.mark.filterwarnings("ignore::sdediff.DegeneracyWarning")
 def test_support():
     """r that is 0 in half of the plane, and has no gradient: the share of the samples that lie in the rest."""
 
@@ -536,9 +538,40 @@ def test_slopes_where_psi_is_zero():
     def log_half(x):
         return torch.where(x[:, 0] > 0, -x[:, 0].sqrt(), -math.inf)
 
-    result = sd.smc(plane().model(VP), log_half, (200, 2), steps=20, seed=0, ess_threshold=0.3)
+    result = sd.smc(plane().model(VP), log_half, (200, 2), steps=20, seed=0, ess_threshold=0)
     assert bool(result.x.isfinite().all())
     assert bool((result.ess > 0).all())
+
+
+def test_a_resampling_that_would_drop_particles_of_psi_zero_is_refused():
+    """They may lead to data where r > 0; without a resampling nothing is lost, and a finite twist helps."""
+
+    def log_ball(x):
+        return torch.where(x.square().sum(1) < 0.5, -x.square().sum(1), -math.inf)
+
+    model = plane().model(VP)
+    with pytest.raises(sd.DivergenceError, match=r"denoised estimate is -inf for .* biased\. Give twist=") as caught:
+        sd.smc(model, log_ball, (200, 2), steps=20, seed=0)
+    assert caught.value.rows
+    assert caught.value.step is not None
+    with pytest.raises(sd.DivergenceError, match=r"^twist is -inf for particles"):
+        sd.smc(model, log_ball, (200, 2), steps=20, seed=0, twist=lambda t, x: log_ball(x))
+    finite = sd.smc(model, log_ball, (2000, 2), steps=20, seed=0, twist=lambda t, x: -VP.alpha(t) * x.square().sum(1))
+    plain = sd.smc(model, log_ball, (2000, 2), steps=20, seed=1, ess_threshold=0, shift=0.0)
+    off = finite.log_evidence - plain.log_evidence
+    assert abs(off) < 4 * math.hypot(finite.log_evidence_stderr, plain.log_evidence_stderr)
+
+
+def test_particles_of_few_families_are_told_of():
+    """A narrow r at the denoised estimate leaves few families; a wide one leaves many, and no warning."""
+
+    def log_narrow(x):
+        return -(x - torch.tensor([0.6, 0.4])).square().sum(1) / (2 * 0.02**2)
+
+    with pytest.warns(sd.DegeneracyWarning, match=r"2000 particles are worth .* Give a twist="):
+        result = sd.smc(plane().model(VP), log_narrow, (2000, 2), steps=40, seed=0)
+    assert 1 <= result.family_number < 100
+    assert sd.smc(plane().model(VP), log_point, (2000, 2), steps=40, seed=0).family_number > 100
 
 
 def test_under_inference_mode():
@@ -562,8 +595,29 @@ def test_condition():
     assert bool((one.x == 2.5).all())
     rows = torch.full((10, 1), 2.5, dtype=F64)
     assert torch.equal(sd.smc(model, log_point, (10, 2), steps=3, seed=0, condition=rows, dtype=F64).x, one.x)
-    with pytest.raises(OptionError, match="must share one condition; the rows of the one given differ"):
+    with pytest.raises(OptionError, match=r"must share one condition, and one label, .* differ\. Run smc once"):
         sd.smc(model, log_point, (10, 2), steps=3, condition=torch.arange(10.0)[:, None])
+    with pytest.raises(OptionError, match="the rows of the one given differ"):
+        sd.smc(model.given({"a": [torch.arange(10.0)[:, None]]}), log_point, (10, 2), steps=3)
+
+
+def test_labels_of_guidance_are_shared_by_all_particles():
+    """A guided model that holds a label for each row would give it to whoever takes its place."""
+
+    def log_prob(t, x, label):
+        return label * x[:, 0]
+
+    plain = plane().model(VP)
+    for labels, scale in ((torch.arange(10.0), 1.0), (1.0, torch.linspace(0, 1, 10, dtype=F64))):
+        guided = sd.ClassifierGuidance(plain, log_prob, scale, label=labels)
+        with pytest.raises(OptionError, match="label, target and scale of guidance; the rows of the one given differ"):
+            sd.smc(guided, log_point, (10, 2), steps=3, seed=0)
+        with pytest.raises(OptionError, match="the rows of the one given differ"):
+            sd.smc(sd.map_denoised(guided, lambda data: data), log_point, (10, 2), steps=3, seed=0)
+    even = sd.ClassifierGuidance(plain, log_prob, torch.ones(10), label=torch.ones(10))
+    shared = sd.ClassifierGuidance(plain, log_prob, 1.0, label=1.0)
+    one, other = (sd.smc(model, log_point, (10, 2), steps=3, seed=0) for model in (even, shared))
+    torch.testing.assert_close(one.x, other.x, rtol=1e-12, atol=1e-12)
 
 
 def test_guided_chains():
