@@ -273,6 +273,8 @@ def test_functions_and_pairs_are_operators(model, method):
             found = log_likelihood(model, A, Y, S, method)(t, x)
             torch.testing.assert_close(found, log_likelihood(model, WIDE, Y, S, method)(t, x))
     single = sd.LinearInverse(model, (forward, adjoint), Y, S, method).score(t, x.float())
+    mixed = sd.LinearInverse(NAMELESS, lambda x: x @ MATRIX.T, Y.float(), S, method).score(t, x)  # looked at as x is
+    assert_same(mixed, expected, 1e-5)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single, expected.float(), rtol=1e-3, atol=1e-3)
 
