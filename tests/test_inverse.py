@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal
 import sdediff as sd
 from sdediff.conjugate import conjugate_gradients
 from sdediff.inverse import log_likelihood
-from sdediff.inverse_methods import DPS, METHODS, MMPS, PiGDM
+from sdediff.inverse_methods import DPS, METHODS, MMPS, PiGDM, Tweedie
 from sdediff.measurement import Measurement
 from sdediff.noise import RowNoise
 from sdediff.operators import Convolution, Downsample, LinearOperator, Mask, Matrix
@@ -273,6 +273,8 @@ def test_functions_and_pairs_are_operators(model, method):
             found = log_likelihood(model, A, Y, S, method)(t, x)
             torch.testing.assert_close(found, log_likelihood(model, WIDE, Y, S, method)(t, x))
     single = sd.LinearInverse(model, (forward, adjoint), Y, S, method).score(t, x.float())
+    mixed = sd.LinearInverse(NAMELESS, lambda x: x @ MATRIX.T, Y.float(), S, method).score(t, x)  # looked at as x is
+    assert_same(mixed, expected, 1e-5)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single, expected.float(), rtol=1e-3, atol=1e-3)
 
@@ -684,6 +686,21 @@ def test_the_default_stops_at_as_many_passes_as_entries_or_64(size, passes):
     calls.clear()
     guided.denoised(0.5, drawn(2, size))
     assert len(calls) == 2 * passes + 2, "A and its adjoint in every iteration, for the residual and for the shift"
+
+
+def test_systems_that_are_not_symmetric_get_no_more_passes_than_entries():
+    """As of a network: with a skew part of its derivative nothing is solved after so many, and nothing ends early."""
+    calls, skew = [], drawn(D, D, seed=75)
+
+    def pulled(w):
+        calls.append(1)
+        return w + w @ (skew - skew.T)
+
+    one = torch.ones(2, dtype=F64)
+    at = Tweedie(drawn(2, D), sd.VP(), one / 2, one, one, pulled)
+    known = Measurement(EYE, drawn(D, seed=76), S)
+    assert MMPS().solve(known, at, drawn(2, D, seed=77)).isfinite().all()
+    assert len(calls) == D
 
 
 def test_nan_is_not_taken_for_the_end_of_a_search():
