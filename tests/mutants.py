@@ -1530,7 +1530,7 @@ MUTANTS = [
         ("wrong = found < 0  #", "wrong = found < -1  #"),
         ("if not isinstance(variance, str) or variance not", "if variance not"),
     ),
-    *_of("model", "sampling", ("        module.training = False\n", "        pass\n")),
+    *_of("modes", "sampling", ("        module.training = False\n", "        pass\n")),
     *_of("terms", "variance", ("wrong = found == 0", "wrong = found < 0")),
     *_of("tables", "iddpm", ("isinstance(self._variance, LearnedVariance) and", "False and")),
     *_of(
