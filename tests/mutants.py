@@ -2294,6 +2294,46 @@ MUTANTS = [
         ),
         ("measurement(self.A, self.y, 0.0))", "measurement(self.A, self.y, 0.1))"),
     ),
+    *_of(
+        "sets",
+        "metrics",
+        ("torch.no_grad(), evaluating(features)", "torch.no_grad()"),
+        ("from sdediff.modes import evaluating", "from contextlib import nullcontext as evaluating"),
+    ),
+    *_of("modes", "metrics", ("        for module, mode in modes.items():", "        for module, mode in ():")),
+    *_of(
+        "features",
+        "features",
+        ("self.requires_grad_(False).train()", "self.requires_grad_(False)"),
+        ("super().train(False)", "super().train(mode)"),
+    ),
+    *_of(
+        "metrics",
+        "metrics",
+        ("isinstance(directions, int | Integral)", "isinstance(directions, float | int)"),
+        ("torch.arange(m + 1) * n", "torch.arange(m + 1) * m"),
+        ("apart.square() / (m * n)", "apart.square() / (m * m)"),
+        ("(far / unit) ** p", "far**p"),
+        ("return unit * max", "return max"),
+    ),
+    *_of(
+        "particles",
+        "particles",
+        ("return 1 / by_family(normalised(log_weights).exp(), families)", "return 1 / normalised(log_weights).exp()"),
+        ("flat.where(self.weights[:, None] > 0, 0)", "flat"),
+    ),
+    *_of(
+        "twisted",
+        "twisted",
+        ("min(100, count / 20)", "0"),
+        ("_warn_of_few(family_number(log_w, families), count)", "pass"),
+        ("model if condition is None else model.given(condition), shape[0]", "model, shape[0]"),
+        ("_wide(log_psi) == -math.inf", "_wide(log_psi) == math.inf"),
+        ("(whole != whole[:1]).any()", "(whole != whole).any()"),
+        ("if isinstance(whole, dict):", "if isinstance(whole, set):"),
+        ("if isinstance(whole, (list, tuple)):", "if isinstance(whole, list):"),
+        ("isinstance(whole, (ScoreModel, Wrapped))", "isinstance(whole, ScoreModel)"),
+    ),
 ]
 
 
