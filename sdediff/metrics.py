@@ -20,7 +20,9 @@ The Frechet distance is
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
 With factors `S = R^T R`, the trace of the root is the sum of the singular values of `R1 R2^T`. No root of a matrix is
-taken and no imaginary part dropped, and a singular covariance, of fewer samples than features, costs no accuracy.
+taken and no imaginary part dropped, and a singular covariance, of fewer samples than features, costs no accuracy: a
+set of 30 samples of 120 features is 1e-13 from itself. Roots of the product's eigenvalues, as torchmetrics takes them,
+make that -6e-6, and -1.5e-4 for 500 samples of 2,048 features, in 20 times the time.
 
 References: Szekely and Rizzo 2013, energy; Gretton et al. 2012, MMD; Rabin et al. 2012, sliced Wasserstein; Peyre and
 Cuturi 2019 (arXiv:1803.00567), Wasserstein; Dowson and Landau 1982, Heusel et al. 2017 (arXiv:1706.08500), Frechet;
@@ -31,6 +33,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -83,9 +87,10 @@ def mmd(
     if bandwidth is None:
         widths = [_median_distance(a, b)]
     else:
-        widths = [float(h) for h in (bandwidth if isinstance(bandwidth, Sequence) else [bandwidth])]
-        if not widths or not all(0 < h < math.inf for h in widths):
-            raise OptionError(f"bandwidth is a number > 0, several, or None for the median; got {bandwidth}.")
+        given: Sequence[Any] = bandwidth if isinstance(bandwidth, Sequence) else [bandwidth]
+        widths = [h.item() if isinstance(h, Tensor) and h.ndim == 0 else h for h in given]
+        if not widths or not all(isinstance(h, float | Real) and 0 < h < math.inf for h in widths):
+            raise OptionError(f"bandwidth is a number > 0, several, or None for the median; got {bandwidth!r}.")
 
     def kernel(distance: Tensor) -> Tensor:
         return sum((-(distance**2) / (2 * h**2)).exp() for h in widths) / len(widths)  # type: ignore[return-value]  # widths is not empty
@@ -119,8 +124,8 @@ def sliced_wasserstein(
         OptionError: directions < 1, or a sample is not finite.
     """
     a, b = pair(a, b)
-    if directions < 1:
-        raise OptionError(f"directions is how many lines to project on, 1 or more; got {directions}.")
+    if not isinstance(directions, int | Integral) or directions < 1:
+        raise OptionError(f"directions is how many lines to project on, a whole number >= 1; got {directions!r}.")
     generator = torch.Generator().manual_seed(seed)
     axes = torch.randn(a.shape[1], directions, dtype=torch.float64, generator=generator).to(a.device)
     axes = axes / axes.norm(dim=0)
@@ -147,7 +152,7 @@ def wasserstein(a: Float[Tensor, " m *event"], b: Float[Tensor, " n *event"], p:
         MissingExtraError: POT is not installed.
     """
     a, b = pair(a, b)
-    if not 1 <= p < math.inf:
+    if not isinstance(p, float | Real) or not 1 <= p < math.inf:
         raise OptionError(f"p is the power of the distance, a finite number >= 1; got {p!r}.")
     far = torch.cat(list(distances(a, b, exact=True))).cpu()
     unit = far.max().item() or 1.0  # the simplex rounds costs below 1e-15 to 0
@@ -236,8 +241,8 @@ def inception_score(probs: Float[Tensor, "n classes"], splits: int = 1) -> float
     """
     if probs.ndim != 2 or 0 in probs.shape:
         raise ShapeError(f"probs must be (n, classes), one distribution a sample; got {tuple(probs.shape)}.")
-    if not 1 <= splits <= len(probs):
-        raise OptionError(f"splits is 1 to the number of rows, {len(probs)}; got {splits}.")
+    if not isinstance(splits, int | Integral) or not 1 <= splits <= len(probs):
+        raise OptionError(f"splits is a whole number, 1 to the number of rows, {len(probs)}; got {splits!r}.")
     probs = vectors(probs, "probs")
     off = (probs.sum(1) - 1).abs().max().item()
     if off > 1e-3 or probs.min().item() < 0:

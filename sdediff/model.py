@@ -26,8 +26,7 @@ References: Ho et al. 2020 (arXiv:2006.11239), noise; Salimans and Ho 2022 (arXi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +35,7 @@ from torch import Tensor
 
 from sdediff.errors import CapabilityError, OptionError, SDEError, ShapeError
 from sdediff.linear import LinearSDE, as_linear
+from sdediff.modes import evaluating as evaluating
 from sdediff.sde import SDE
 from sdediff.shapes import Grid, State, Time, as_time, check_state, over, per_row
 from sdediff.wrapped import HoldsRows, Wrapped
@@ -358,20 +358,6 @@ class Kind:
     def model(self) -> ScoreModel:
         """A model of this kind, with no network to speak of."""
         return ScoreModel(self, self.sde, self.prediction, sigma_data=self.sigma_data)
-
-
-@contextmanager
-def evaluating(network: Callable[..., Tensor]) -> Iterator[None]:
-    """Evaluation mode for a network that is or holds an `nn.Module`, and its own modes again afterwards."""
-    modules = getattr(network, "modules", None)
-    modes = {} if modules is None else {module: module.training for module in modules()}
-    for module in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def rows_of(condition: Any, index: slice | Tensor, batch: int) -> Any:

@@ -22,6 +22,7 @@ References: Kynkaanniemi et al. 2019 (arXiv:1904.06991); Naeem et al. 2020 (arXi
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def density_coverage(a: Float[Tensor, " m *event"], b: Float[Tensor, " n *event"
 
 def _checked(a: Tensor, b: Tensor, k: int) -> tuple[Rows, Rows]:
     first, second = pair(a, b)
-    if not 1 <= k < min(len(a), len(b)):
+    if not isinstance(k, int | Integral) or not 1 <= k < min(len(a), len(b)):
         raise OptionError(
             f"k is the number of a neighbour, 1 to {min(len(a), len(b)) - 1} for sets of {len(a)} and {len(b)} "
             f"samples; got {k!r}."

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sdediff.errors import OptionError, ShapeError
+from sdediff.modes import evaluating
 from sdediff.shapes import State, as_float64
 
 Rows: TypeAlias = Float[Tensor, "n d"]
@@ -31,7 +32,7 @@ class Features(Protocol):
 
 
 def extract(features: Features | Callable[[State], Rows], x: State) -> Rows:
-    """Samples as their features, without gradients.
+    """Samples as their features, without gradients; modules are in evaluation mode meanwhile.
 
     Raises:
         ShapeError: the features are not one vector a sample.
@@ -42,7 +43,7 @@ def extract(features: Features | Callable[[State], Rows], x: State) -> Rows:
             "features is a function from samples to vectors (n, d), or an object with the method features, such as "
             f"sdediff.features.Inception(); got {features!r}."
         )
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(features):
         out = features.features(x) if isinstance(features, Features) else features(x)
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(x):
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

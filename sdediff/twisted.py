@@ -40,6 +40,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import torch
@@ -415,20 +416,20 @@ def _check(
         raise OptionError(f"log_r must be a function of states that returns (batch,); got {type(log_r).__name__}.")
     if twist is not None and not callable(twist):
         raise OptionError(f"twist must be a function of t and x that returns (batch,); got {type(twist).__name__}.")
-    if not isinstance(particles, Sequence) or any(not isinstance(n, int) or n < 1 for n in particles):
+    if not isinstance(particles, Sequence) or any(not isinstance(n, int | Integral) or n < 1 for n in particles):
         raise ShapeError(
             f"particles is a shape, (particles, *event), with positive whole numbers; got {particles!r}. Write "
             "smc(model, log_r, (1000, 2)) for 1000 points of the plane."
         )
     if not particles or particles[0] < 2:
         raise ShapeError(f"smc needs at least two particles, to weigh them; got the shape {tuple(particles)}.")
-    if not math.isfinite(shift):
-        raise OptionError(f"shift is a finite number, 1 for the full gradient and 0 for none; got {shift}.")
-    if not 0 <= ess_threshold <= 1:
+    if not isinstance(shift, float | Real) or not math.isfinite(shift):
+        raise OptionError(f"shift is a finite number, 1 for the full gradient and 0 for none; got {shift!r}.")
+    if not isinstance(ess_threshold, float | Real) or not 0 <= ess_threshold <= 1:
         raise OptionError(
-            f"ess_threshold is a share of the particles, from 0 (never resample) to 1 (always); got {ess_threshold}."
+            f"ess_threshold is a share of the particles, from 0 (never resample) to 1 (always); got {ess_threshold!r}."
         )
     check_resampling(resampling)
     if final not in ("denoise", "none"):
         raise OptionError(f"Unknown final {final!r}: write 'denoise' or 'none'.")
-    return tuple(particles)
+    return tuple(int(n) for n in particles)

@@ -148,8 +148,10 @@ def test_the_seed_governs_the_halves():
 
 def test_bad_input_gets_a_sentence():
     x = drawn(8, 2)
-    with pytest.raises(OptionError, match="resamples >= 2; got 1 sets and resamples = 1"):
+    with pytest.raises(OptionError, match="a whole number resamples >= 2; got 1 sets and resamples = 1"):
         bootstrap(mean, x, resamples=1)
+    with pytest.raises(OptionError, match=r"a whole number.*resamples = 2\.5"):
+        bootstrap(mean, x, resamples=2.5)
     with pytest.raises(OptionError, match=r"needs a set or more.*got 0 sets"):
         bootstrap(mean)
     with pytest.raises(ShapeError, match=r"at least four rows.*\[\(8, 2\), \(3, 2\)\]"):

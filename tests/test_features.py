@@ -233,6 +233,13 @@ def test_images_become_bytes_and_come_in_batches(inception, weights):
     assert metrics.frechet_distance(x, x, inception) == pytest.approx(0, abs=1e-9)
 
 
+def test_the_inception_network_stays_in_evaluation_mode(inception):
+    """Its batch norms would otherwise mix the images of a batch."""
+    for module in (inception, inception.train(), torch.nn.Sequential(inception).train()[0]):
+        assert not module.training
+        assert not module.network.training
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (3, 8, 8)])
 def test_images_without_three_channels_are_refused(inception, shape):
     with pytest.raises(ShapeError) as caught:

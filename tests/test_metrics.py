@@ -257,6 +257,43 @@ def test_torchmetrics_has_the_same_frechet_distance(n, d, off):
     assert metrics.frechet_distance(a, b) == pytest.approx(fid.compute().item(), abs=off)
 
 
+def test_why_the_frechet_distance_is_no_call_of_torchmetrics():
+    """30 samples of 120 features against themselves, where 0 is the truth: its error is a million times larger."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    fid = FrechetInceptionDistance(feature=Bare(120)).set_dtype(F64)
+    a = drawn(30, 120)
+    fid.update(a, real=True)
+    fid.update(a, real=False)
+    assert abs(metrics.frechet_distance(a, a)) < 1e-12
+    assert abs(fid.compute().item()) > 1e-6
+
+
+def test_a_module_of_torchmetrics_gives_features():
+    """What its `feature=` takes is taken, though in training mode, as modules are made; and is left so."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Network(Bare):
+        def __init__(self):
+            super().__init__(3)
+            self.layers = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3), torch.nn.Dropout(0.5))
+
+        def forward(self, x):
+            return self.layers(x)
+
+    network = Network().double()
+    a, b = drawn(40, 4), 0.5 + 2 * drawn(50, 4, seed=1)
+    got = metrics.frechet_distance(a, b, features=network)
+    assert network.training
+    assert network.layers[0].num_batches_tracked == 0
+    assert metrics.frechet_distance(a, b, features=network) == got
+    fid = FrechetInceptionDistance(feature=network.eval()).set_dtype(F64)
+    fid.update(a, real=True)
+    fid.update(b, real=False)
+    assert got == pytest.approx(fid.compute().item(), rel=1e-9)
+    assert metrics.energy_distance(network(a), network(b)) != metrics.energy_distance(a, b)
+
+
 def test_frechet_distance_compares_features():
     a, b = drawn(30, 1, 4), 1 + drawn(20, 1, 4, seed=1)
 
@@ -430,7 +467,12 @@ SETS = drawn(6, 2), drawn(6, 2, seed=1)
         (lambda: metrics.mmd(*SETS, bandwidth=[1.0, -2.0]), OptionError, ["bandwidth", "[1.0, -2.0]"]),
         (lambda: metrics.mmd(*SETS, bandwidth=[]), OptionError, ["bandwidth", "got []"]),
         (lambda: metrics.mmd(torch.ones(3, 2), torch.ones(3, 2)), OptionError, ["equal points", "give bandwidth="]),
-        (lambda: sliced_wasserstein(*SETS, directions=0), OptionError, ["directions", "1 or more", "got 0"]),
+        (lambda: sliced_wasserstein(*SETS, directions=0), OptionError, ["directions", ">= 1", "got 0"]),
+        (lambda: sliced_wasserstein(*SETS, directions=2.5), OptionError, ["a whole number", "got 2.5"]),
+        (lambda: metrics.wasserstein(*SETS, p="2"), OptionError, ["p is the power", "got '2'"]),
+        (lambda: metrics.mmd(*SETS, bandwidth="median"), OptionError, ["or None for the median", "got 'median'"]),
+        (lambda: metrics.mmd(*SETS, bandwidth=torch.ones(2)), OptionError, ["bandwidth", "got tensor([1., 1.])"]),
+        (lambda: metrics.inception_score(torch.ones(2, 1), splits=1.5), OptionError, ["whole number", "got 1.5"]),
         (lambda: metrics.wasserstein(*SETS, p=0.5), OptionError, ["p is the power", ">= 1", "got 0.5"]),
         (lambda: metrics.wasserstein(*SETS, p=math.inf), OptionError, ["p is the power", "got inf"]),
         (lambda: metrics.frechet_distance(SETS[0], SETS[1][:, :1]), ShapeError, ["(6, 2)", "(6, 1)"]),
@@ -460,7 +502,11 @@ SETS = drawn(6, 2), drawn(6, 2, seed=1)
         (lambda: metrics.inception_score(torch.tensor([[1.5, -0.5]])), OptionError, [">= 0", "least is -0.5"]),
         (lambda: metrics.inception_score(torch.full((1, 2), math.nan)), OptionError, ["NaN or infinite"]),
         (lambda: metrics.inception_score(torch.ones(2, 1), splits=3), OptionError, ["rows, 2", "got 3"]),
-        (lambda: metrics.inception_score(torch.ones(2, 1), splits=0), OptionError, ["splits is 1", "got 0"]),
+        (
+            lambda: metrics.inception_score(torch.ones(2, 1), splits=0),
+            OptionError,
+            ["splits is a whole number, 1", "got 0"],
+        ),
     ],
 )
 def test_bad_input_gets_a_sentence(call, kind, said):

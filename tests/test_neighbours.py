@@ -118,7 +118,7 @@ def test_events_of_any_shape_and_results_with_names():
 @pytest.mark.parametrize("metric", [precision_recall, density_coverage])
 def test_bad_input_gets_a_sentence(metric):
     a, b = drawn(8, 2), drawn(6, 2)
-    for k in (0, 6):
+    for k in (0, 6, 2.0):
         with pytest.raises(OptionError, match=rf"1 to 5 for sets of 8 and 6 samples; got {k}"):
             metric(a, b, k)
     with pytest.raises(ShapeError, match=r"one event shape.*\(8, 2\) and \(6, 1\)"):

@@ -614,6 +614,10 @@ def test_labels_of_guidance_are_shared_by_all_particles():
             sd.smc(guided, log_point, (10, 2), steps=3, seed=0)
         with pytest.raises(OptionError, match="the rows of the one given differ"):
             sd.smc(sd.map_denoised(guided, lambda data: data), log_point, (10, 2), steps=3, seed=0)
+    inside = sd.ScoreModel(lambda x, t, c: x * 0 + c["of"][0][:, None], VP, "data")
+    for condition in ({"of": [torch.arange(10.0)]}, {"of": (torch.arange(10.0),)}):
+        with pytest.raises(OptionError, match="must share one condition"):
+            sd.smc(inside, log_point, (10, 2), steps=3, condition=condition)
     even = sd.ClassifierGuidance(plain, log_prob, torch.ones(10), label=torch.ones(10))
     shared = sd.ClassifierGuidance(plain, log_prob, 1.0, label=1.0)
     one, other = (sd.smc(model, log_point, (10, 2), steps=3, seed=0) for model in (even, shared))
@@ -643,6 +647,9 @@ def test_bad_options():
         ((MODEL, log_point, (1, 2)), {}, ShapeError, r"at least two particles, to weigh them; got the shape \(1, 2\)"),
         ((MODEL, log_point, ()), {}, ShapeError, "at least two particles"),
         ((MODEL, log_point, (9, 2)), {"shift": math.nan}, OptionError, "shift is a finite number.*got nan"),
+        ((MODEL, log_point, (9, 2)), {"shift": "no"}, OptionError, "shift is a finite number.*got 'no'"),
+        ((MODEL, log_point, (9, 2)), {"ess_threshold": "half"}, OptionError, "a share of the particles.*got 'half'"),
+        ((MODEL, log_point, (9.0, 2)), {}, ShapeError, r"got \(9.0, 2\)"),
         ((MODEL, log_point, (9, 2)), {"ess_threshold": 50}, OptionError, "a share of the particles.*got 50"),
         ((MODEL, log_point, (9, 2)), {"resampling": "comb"}, OptionError, "Unknown resampling 'comb': write one of"),
         ((MODEL, log_point, (9, 2)), {"final": "mean"}, OptionError, "Unknown final 'mean': write 'denoise' or 'none'"),
