@@ -235,7 +235,8 @@ def test_images_become_bytes_and_come_in_batches(inception, weights):
 
 def test_the_inception_network_stays_in_evaluation_mode(inception):
     """Its batch norms would otherwise mix the images of a batch."""
-    for module in (inception, inception.train(), torch.nn.Sequential(inception).train()[0]):
+    for moved in (lambda: inception, inception.train, lambda: torch.nn.Sequential(inception).train()[0]):
+        module = moved()
         assert not module.training
         assert not module.network.training
 
